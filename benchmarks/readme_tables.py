@@ -1,0 +1,120 @@
+"""Write the figures section of README.md from the result files, the only place where its figures come from.
+
+    python benchmarks/readme_tables.py [--check]
+
+Reads bench.json and train_lm.json in each folder of benchmarks/results, and benchmarks/results/meters.json. With --check
+nothing is written, and the exit status is 1 if README.md does not say what the files say.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high
+
+
+def bench_section(report: dict[str, Any], folder: Path) -> str:
+    rows = []
+    for result in report["results"]:
+        samples = result["samples"]
+        if "ours" not in samples:
+            rows.append([result["loss"], result["case"], result["dtype"], "-", "-", "failed its correctness gate"])
+            continue
+        names = [name for name in samples if name != "ours"]
+        for name in names:
+            pairs = zip(samples["ours"]["both"], samples[name]["both"], strict=True)
+            low, middle, high = quartiles([ours / theirs for ours, theirs in pairs])
+            times = [f"{statistics.median(samples[n]['both']) * 1e3:.3g} ms" for n in (name, "ours")]
+            relative = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            rows.append([result["loss"], f"{result['case']}, {result['dtype']}", name, *times, relative])
+    path = folder.relative_to(ROOT)
+    return (
+        f"**{report['device']}**, {report['config']['threads']} threads, torch "
+        f"{report['environment']['torch']}; forward and backward, alternating in one process, medians, and the quotient "
+        f"of the times with its quartiles. Below 1.00 ours is faster. [Samples]({path}/bench.json), "
+        f"[plot]({path}/bench.png).\n\n" + markdown_table(["loss", "case", "beside", "its time", "ours", "ours / its"], rows)
+    )
+
+
+def training_section(report: dict[str, Any], folder: Path) -> str:
+    rows = []
+    for name, run in report["runs"].items():
+        above = (run["peak_memory"] - run["baseline_memory"]) / 2**20
+        speed = f"{report['step_time_ratios'][name]['median']:.2f}"
+        rows.append([name, f"{run['tokens_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
+    check = report["check"]
+    path = folder.relative_to(ROOT)
+    return (
+        f"**Training** a small language model (`benchmarks/train_lm.py`, {report['config']['vocab_size']} tokens). The "
+        f"curves part by {check['ours_gap']:.1e} where {check['allowed']:.1e} is allowed and the control run shows "
+        f"{check['control_gap']:.1e}. [Curves]({path}/train_lm.json), [plot]({path}/train_lm.png).\n\n"
+        + markdown_table(["run", "tokens/s", "step time / torch's", "memory above baseline", "last loss"], rows)
+    )
+
+
+def meters_section(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["loss"],
+            row["case"],
+            row["dtype"],
+            f"{row['element_ratio']:.3f}",
+            f"{row['sector_ratio']:.3f}",
+            " + ".join(map(str, row["launches"])),
+        ]
+        for row in report["bytes"]["rows"]
+    ]
+    return (
+        "**Bytes moved by the kernels**, counted by the interpreter, forward and backward with a scalar loss, torch's "
+        "operators included, over what must move: every operand read once each way, and each gradient written once. By "
+        "elements, and by the 32-byte sectors that a GPU fetches. [All rows](benchmarks/results/meters.json).\n\n"
+        + markdown_table(["loss", "case", "dtype", "by elements", "by sectors", "launches, forward + backward"], rows)
+    )
+
+
+def figures() -> str:
+    parts = []
+    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
+        for name, section in (("bench.json", bench_section), ("train_lm.json", training_section)):
+            file = folder / name
+            if file.exists():
+                parts.append(section(json.loads(file.read_text()), folder))
+    meters = RESULTS / "meters.json"
+    if meters.exists():
+        parts.append(meters_section(json.loads(meters.read_text())))
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    wanted = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    if args.check:
+        return int(text != wanted)
+    readme.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

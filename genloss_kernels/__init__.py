@@ -1,0 +1,31 @@
+"""Fused losses for generative models in PyTorch: Triton kernels on GPUs, PyTorch operators elsewhere."""
+
+from . import functional, nn, testing
+from .core.backend import backend
+from .functional import (
+    CrossEntropyStats,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    gaussian_kl,
+    nll_loss,
+)
+from .nn import BCEWithLogitsLoss, CrossEntropyLoss, GaussianKLLoss, NLLLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "CrossEntropyStats",
+    "GaussianKLLoss",
+    "NLLLoss",
+    "__version__",
+    "backend",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "functional",
+    "gaussian_kl",
+    "nll_loss",
+    "nn",
+    "testing",
+]

@@ -1,0 +1,38 @@
+"""What competes in a case: ours, torch's built-in, that built-in compiled, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cases import Case
+from . import peers
+
+OURS, BUILTIN, COMPILED = "genloss_kernels", "torch", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loss under test; one that ``overwrites`` its input gets a copy for each call."""
+
+    name: str
+    function: Callable[..., Tensor]
+    overwrites: bool = False
+
+
+def builtin(case: Case) -> Callable[..., Tensor]:
+    """What a user would write with torch: the case's own choice, or torch's function of the same name."""
+    return case.builtin or getattr(F, case.loss, case.oracle)
+
+
+def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Candidate]:
+    found = [Candidate(OURS, case.function), Candidate(BUILTIN, builtin(case))]
+    if compiled:
+        # Each case compiles afresh: recompilations count against a limit, beyond which torch falls back to eager.
+        torch.compiler.reset()
+        found.append(Candidate(COMPILED, torch.compile(builtin(case), dynamic=False)))
+    return found + [Candidate(peer.package, peer, peer.overwrites) for peer in peers.installed(case.loss, device)]

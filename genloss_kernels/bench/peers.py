@@ -1,0 +1,44 @@
+"""Other libraries' losses, used where they are installed. To add one, add its row to the table."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library's function that takes torch's arguments; ``overwrites`` says that its gradient replaces the input."""
+
+    package: str
+    loss: str
+    module: str
+    name: str
+    overwrites: bool = False
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Tensor]:
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def __call__(self, **arguments: Any) -> Tensor:
+        return self._function(**arguments)
+
+
+# Checked against Liger-Kernel 0.8.5.
+PEERS = (
+    Peer("liger_kernel", "cross_entropy", "liger_kernel.transformers.functional", "liger_cross_entropy", overwrites=True),
+)
+
+
+def installed(loss: str, device: torch.device) -> list[Peer]:
+    """The peers of a loss that are installed. They are GPU libraries, so there are none on a CPU."""
+    if device.type != "cuda":
+        return []
+    return [peer for peer in PEERS if peer.loss == loss and importlib.util.find_spec(peer.package) is not None]

@@ -1,0 +1,373 @@
+"""The case table: inputs, oracle and built-in of each loss, which tests, doctor, meters and bench share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import functional
+
+# What a case is for.
+DOCTOR, BYTES, BENCH = "doctor", "bytes", "bench"
+
+# (rows, columns) of a benchmark on a GPU and on a CPU.
+_BENCH_CUDA, _BENCH_CPU = (8192, 128256), (512, 32000)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call.
+
+    ``differentiable`` names the tensors that get a gradient, ``gathered`` those of which only an element a row is read.
+    """
+
+    arguments: dict[str, Any]
+    differentiable: tuple[str, ...]
+    gathered: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+
+    def fresh(self, dtype: torch.dtype | None = None) -> Call:
+        """The same arguments as leaves of a new graph, floating point ones in ``dtype`` if that is given."""
+        arguments = dict(self.arguments)
+        for name, tensor in self.tensors().items():
+            leaf = tensor.detach()
+            if dtype is not None and leaf.is_floating_point():
+                leaf = leaf.to(dtype)
+            arguments[name] = leaf.requires_grad_(name in self.differentiable)
+        return Call(arguments, self.differentiable, self.gathered)
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {name: self.arguments[name].grad for name in self.differentiable}
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    ``make`` draws the call for a device and dtype; ``oracle`` computes the loss by plain torch operators from the same
+    arguments, in whatever dtype these have; ``builtin`` is what a user would write with torch, and None where that is the
+    oracle too.
+    """
+
+    loss: str
+    name: str
+    make: Callable[[torch.Generator, torch.device, torch.dtype], Call]
+    oracle: Callable[..., Tensor]
+    builtin: Callable[..., Tensor] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    uses: frozenset[str] = field(default_factory=frozenset)
+    autocast: bool = False
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(functional, self.loss)
+
+    def call(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
+        device = torch.device(device)
+        return self.make(torch.Generator(device).manual_seed(seed), device, dtype).fresh()
+
+
+def floor_bytes(call: Call, loss: Tensor) -> int:
+    """Bytes that must move: operands read in forward and backward, gradients and the loss written once."""
+    size = {name: _unique_bytes(tensor) for name, tensor in call.tensors().items() if name not in call.gathered}
+    for name in call.gathered:
+        # Forward only: the gradient of a gather does not need what was gathered.
+        size[name] = call.arguments["target"].numel() * call.arguments[name].element_size() // 2
+    gradients = sum(call.arguments[name].numel() * call.arguments[name].element_size() for name in call.differentiable)
+    return 2 * sum(size.values()) + gradients + loss.numel() * loss.element_size()
+
+
+def _unique_bytes(tensor: Tensor) -> int:
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()
+
+
+def cross_entropy_oracle(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
+    """Cross entropy composed from torch's own, with the extra keywords spelled out."""
+    y = input * logit_scale
+    if softcap is not None:
+        y = softcap * torch.tanh(y / softcap)
+    rows = F.cross_entropy(y, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    valid = torch.ones_like(rows) if target.is_floating_point() else (target != ignore_index).to(rows)
+    rows = rows + valid * z_loss * torch.logsumexp(y, 1).square()
+    normalizer = valid
+    if weight is not None and not target.is_floating_point():
+        normalizer = valid * weight[target.clamp(min=0)]
+    if row_weight is not None:
+        rows, normalizer = rows * row_weight, normalizer * row_weight
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / (normalizer.sum() if divisor is None else divisor)
+
+
+def gaussian_kl_oracle(
+    mu_q: Tensor,
+    logvar_q: Tensor,
+    mu_p: Tensor | None = None,
+    logvar_p: Tensor | None = None,
+    reduction: str = "batchmean",
+    free_bits: float | None = None,
+    capacity: float | None = None,
+    logvar_clamp: tuple[float, float] | None = None,
+) -> Tensor:
+    """The divergence by ``torch.distributions``, with the extra keywords spelled out."""
+    mu_p = torch.zeros_like(mu_q) if mu_p is None else mu_p
+    logvar_p = torch.zeros_like(logvar_q) if logvar_p is None else logvar_p
+    if logvar_clamp is not None:
+        logvar_q, logvar_p = logvar_q.clamp(*logvar_clamp), logvar_p.clamp(*logvar_clamp)
+    q = torch.distributions.Normal(mu_q, (0.5 * logvar_q).exp(), validate_args=False)
+    p = torch.distributions.Normal(mu_p, (0.5 * logvar_p).exp(), validate_args=False)
+    kl = torch.distributions.kl_divergence(q, p)
+    if free_bits is not None:
+        kl = kl.clamp(min=free_bits)
+    if capacity is not None:
+        kl = (kl.flatten(1).sum(1) - capacity).abs() if kl.dim() > 1 else (kl - capacity).abs()
+        return kl if reduction == "none" else kl.sum() if reduction == "sum" else kl.mean()
+    if reduction == "none":
+        return kl
+    return kl.mean() if reduction == "mean" else kl.sum() / (kl.size(0) if reduction == "batchmean" else 1)
+
+
+def gaussian_kl_usual(mu_q: Tensor, logvar_q: Tensor) -> Tensor:
+    """The formula of most variational autoencoders, batchmean."""
+    return -0.5 * torch.sum(1 + logvar_q - mu_q.pow(2) - logvar_q.exp()) / mu_q.size(0)
+
+
+def gaussian_kl_usual_general(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor) -> Tensor:
+    """The usual formula between two Gaussians, batchmean."""
+    spread = (logvar_q.exp() + (mu_q - mu_p).pow(2)) / logvar_p.exp()
+    return 0.5 * torch.sum(logvar_p - logvar_q + spread - 1) / mu_q.size(0)
+
+
+def _logits(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return (torch.randn(shape, generator=generator, device=device) * 3.0).to(dtype)
+
+
+def _labels(generator: torch.Generator, device: torch.device, n_classes: int, *shape: int, ignored: bool = False) -> Tensor:
+    target = torch.randint(n_classes, shape, generator=generator, device=device)
+    if ignored:
+        target.view(-1)[::3] = -100
+    return target
+
+
+def _indices(*shape: int, ignored: bool = False, **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        target = _labels(generator, device, shape[1], shape[0], *shape[2:], ignored=ignored)
+        arguments = {"input": _logits(generator, device, dtype, *shape), "target": target, **options}
+        if arguments.pop("weighted", False):
+            arguments["weight"] = torch.rand(shape[1], generator=generator, device=device).to(dtype) + 0.5
+        if arguments.pop("row_weighted", False):
+            arguments["row_weight"] = torch.rand(target.shape, generator=generator, device=device).to(dtype)
+        return Call(arguments, ("input",))
+
+    return make
+
+
+def _probabilities(*shape: int, **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        target = torch.softmax(_logits(generator, device, torch.float32, *shape), 1).to(dtype)
+        arguments = {"input": _logits(generator, device, dtype, *shape), "target": target, **options}
+        return Call(arguments, ("input",))
+
+    return make
+
+
+def _next_token(batch: int, length: int, n_classes: int) -> Callable[..., Call]:
+    """The language model's view: logits of all but the last position, classes moved to dimension 1 without a copy."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        logits = _logits(generator, device, dtype, batch, length, n_classes)
+        target = _labels(generator, device, n_classes, batch, length)
+        return Call({"input": logits[:, :-1].transpose(1, 2), "target": target[:, 1:]}, ("input",))
+
+    return make
+
+
+def _strided_classes(rows: int, n_classes: int) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        target = _labels(generator, device, n_classes, rows, ignored=True)
+        return Call({"input": _logits(generator, device, dtype, n_classes, rows).t(), "target": target}, ("input",))
+
+    return make
+
+
+def _log_probabilities(*shape: int, **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        call = _indices(*shape, ignored=True, **options)(generator, device, dtype)
+        call.arguments["input"] = torch.log_softmax(call.arguments["input"].float(), 1).to(dtype)
+        return Call(call.arguments, call.differentiable, gathered=("input",))
+
+    return make
+
+
+def _binary(*shape: int, weighted: tuple[int, ...] = (), positive: tuple[int, ...] = (), **options: Any) -> Any:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        arguments = {
+            "input": _logits(generator, device, dtype, *shape),
+            "target": torch.rand(shape, generator=generator, device=device).to(dtype),
+        }
+        for name, size in (("weight", weighted), ("pos_weight", positive)):
+            if size:
+                arguments[name] = torch.rand(size, generator=generator, device=device).to(dtype) + 0.5
+        return Call(arguments | options, ("input",))
+
+    return make
+
+
+def _gaussians(*shape: int, general: bool = False, prior: tuple[int, ...] = (), **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        names = ("mu_q", "logvar_q", "mu_p", "logvar_p")
+        shapes = [shape, shape, prior or shape, prior or shape]
+        count = 4 if general or prior else 2
+        tensors = {
+            name: torch.randn(size, generator=generator, device=device).to(dtype)
+            for name, size in list(zip(names, shapes, strict=True))[:count]
+        }
+        return Call(tensors | options, tuple(tensors))
+
+    return make
+
+
+_DTYPES_32 = (torch.float32,)
+
+
+def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
+    oracle = {
+        "cross_entropy": cross_entropy_oracle,
+        "nll_loss": F.nll_loss,
+        "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+        "gaussian_kl": gaussian_kl_oracle,
+    }[loss]
+    return Case(loss, name, make, oracle, uses=frozenset(uses), **rest)
+
+
+def _cross_entropy() -> Iterator[Case]:
+    loss = "cross_entropy"
+    yield _case(loss, "aligned rows 16 x 32768", _indices(16, 32768), BYTES)
+    yield _case(loss, "aligned rows 4 x 32768", _indices(4, 32768), DOCTOR)
+    yield _case(loss, "ragged rows 8 x 50257", _indices(8, 50257), BYTES)
+    yield _case(loss, "ragged rows 3 x 50257", _indices(3, 50257), DOCTOR)
+    yield _case(loss, "many ragged rows 40 x 5003", _indices(40, 5003, ignored=True), DOCTOR)
+    yield _case(loss, "classes in dimension 1 (2, 64, 64, 64)", _indices(2, 64, 64, 64), BYTES)
+    yield _case(loss, "classes in dimension 1 (2, 64, 16, 16)", _indices(2, 64, 16, 16), DOCTOR)
+    yield _case(loss, "next-token view (4, 9, 4096)", _next_token(4, 9, 4096), DOCTOR, BYTES)
+    yield _case(loss, "ragged next-token view (4, 9, 5003)", _next_token(4, 9, 5003), DOCTOR, BYTES)
+    yield _case(
+        loss, "autocast 16 x 32768", _indices(16, 32768), BYTES, dtypes=(torch.bfloat16,), autocast=True
+    )  # fmt: skip
+    yield _case(loss, "short rows 500 x 10", _indices(500, 10, ignored=True), DOCTOR)
+    yield _case(loss, "strided classes 6 x 5003", _strided_classes(6, 5003), DOCTOR)
+    yield _case(loss, "one class 5 x 1", _indices(5, 1), DOCTOR)
+    yield _case(
+        loss, "every option", _indices(16, 1003, ignored=True, weighted=True, row_weighted=True, label_smoothing=0.1,
+                                       softcap=30.0, logit_scale=0.7, z_loss=1e-3, divisor=37.0), DOCTOR,
+    )  # fmt: skip
+    yield _case(loss, "per row", _indices(16, 1003, ignored=True, reduction="none"), DOCTOR)
+    yield _case(loss, "probabilities 64 x 1003", _probabilities(64, 1003, label_smoothing=0.1), BYTES)
+    yield _case(loss, "probabilities 16 x 1003", _probabilities(16, 1003, label_smoothing=0.1), DOCTOR)
+    yield _case(loss, "probabilities (2, 19, 9, 7)", _probabilities(2, 19, 9, 7, softcap=5.0, reduction="sum"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "training step", _sized(_indices), BENCH, dtypes=(dtype,))
+    yield _case(loss, "label smoothing", _sized(_indices, label_smoothing=0.1), BENCH, dtypes=_DTYPES_32)
+    yield _case(loss, "small batch 64 x 1000", _indices(64, 1000), BENCH, dtypes=_DTYPES_32)
+
+
+def _sized(make: Callable[..., Callable[..., Call]], **options: Any) -> Callable[..., Call]:
+    """A benchmark's shape: what a large model has on a GPU, what a CPU does in a fraction of a second there."""
+
+    def sized(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        shape = _BENCH_CPU if device.type == "cpu" else _BENCH_CUDA
+        return make(*shape, **options)(generator, device, dtype)
+
+    return sized
+
+
+def _flat(make: Callable[..., Callable[..., Call]], **options: Any) -> Callable[..., Call]:
+    def sized(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        rows = 2**12 if device.type == "cpu" else 2**18
+        return make(rows, 1024, **options)(generator, device, dtype)
+
+    return sized
+
+
+def _nll_loss() -> Iterator[Case]:
+    loss = "nll_loss"
+    yield _case(loss, "rows 64 x 1003", _log_probabilities(64, 1003, weighted=True), DOCTOR)
+    yield _case(loss, "classes in dimension 1 (2, 19, 9, 7)", _log_probabilities(2, 19, 9, 7, reduction="none"), DOCTOR)
+    yield _case(loss, "training step", _sized(_log_probabilities), BENCH, dtypes=_DTYPES_32)
+
+
+def _binary_cross_entropy() -> Iterator[Case]:
+    loss = "binary_cross_entropy_with_logits"
+    yield _case(loss, "elements 2**20", _binary(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _binary(2**15), DOCTOR)
+    yield _case(loss, "ragged elements 2**20 + 5", _binary(2**20 + 5), BYTES)
+    yield _case(loss, "pos_weight[1024]", _binary(1024, 1024, positive=(1024,)), BYTES)
+    yield _case(loss, "pos_weight[257]", _binary(1021, 257, positive=(257,)), BYTES)
+    yield _case(loss, "few rows, pos_weight[1024]", _binary(32, 1024, positive=(1024,)), DOCTOR)
+    yield _case(loss, "few rows, pos_weight[257]", _binary(61, 257, positive=(257,)), DOCTOR)
+    yield _case(
+        loss, "weight[N, 1], pos_weight[C, 1, 1]", _binary(3, 5, 6, 7, weighted=(3, 1, 1, 1), positive=(5, 1, 1)), DOCTOR
+    )  # fmt: skip
+    yield _case(loss, "per element", _binary(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "elements", _flat(_binary), BENCH, dtypes=(dtype,))
+    yield _case(loss, "pos_weight[1024]", _flat(_binary, positive=(1024,)), BENCH, dtypes=_DTYPES_32)
+    yield _case(loss, "small batch 64 x 100", _binary(64, 100), BENCH, dtypes=_DTYPES_32)
+
+
+def _gaussian_kl() -> Iterator[Case]:
+    loss = "gaussian_kl"
+    yield _case(loss, "standard 1024 x 1024", _gaussians(1024, 1024), BYTES)
+    yield _case(loss, "standard 32 x 1024", _gaussians(32, 1024), DOCTOR)
+    yield _case(loss, "general 1024 x 1024", _gaussians(1024, 1024, general=True), BYTES)
+    yield _case(loss, "general 32 x 1024", _gaussians(32, 1024, general=True), DOCTOR)
+    yield _case(loss, "ragged 1021 x 1023", _gaussians(1021, 1023), BYTES)
+    yield _case(loss, "learned prior 61 x 33", _gaussians(61, 33, prior=(33,), reduction="mean"), DOCTOR)
+    yield _case(
+        loss, "free bits, capacity, clamp",
+        _gaussians(17, 1001, general=True, free_bits=0.5, capacity=1200.0, logvar_clamp=(-1.0, 1.0)), DOCTOR,
+    )  # fmt: skip
+    yield _case(loss, "per element", _gaussians(17, 33, general=True, reduction="none"), DOCTOR)
+    yield _case(loss, "standard", _flat(_gaussians), BENCH, builtin=gaussian_kl_usual, dtypes=_DTYPES_32)
+    yield _case(
+        loss, "general", _flat(_gaussians, general=True), BENCH, builtin=gaussian_kl_usual_general, dtypes=_DTYPES_32
+    )  # fmt: skip
+    yield _case(loss, "small batch 64 x 32", _gaussians(64, 32), BENCH, builtin=gaussian_kl_usual, dtypes=_DTYPES_32)
+
+
+CASES: tuple[Case, ...] = (
+    *_cross_entropy(),
+    *_nll_loss(),
+    *_binary_cross_entropy(),
+    *_gaussian_kl(),
+)
+
+
+def select(use: str, losses: tuple[str, ...] = ()) -> list[Case]:
+    """Cases for one use, of the given losses or of all."""
+    return [c for c in CASES if use in c.uses and (not losses or c.loss in losses)]

@@ -1,0 +1,1 @@
+"""What every loss family shares: backend choice, launching, layouts, reductions and device functions."""

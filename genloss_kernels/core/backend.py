@@ -1,0 +1,170 @@
+"""Which code path runs; the only reader of environment variables and devices."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue, reportMissingModuleSource]
+from torch.autograd import forward_ad
+
+BACKENDS = ("auto", "triton", "eager")
+
+# H200's count; where no GPU is at hand it only decides how interpreted launches are split.
+DEFAULT_MULTIPROCESSORS = 132
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _validated(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_default = _validated(os.environ.get("GENLOSS_BACKEND", "auto"))
+
+
+class _Choice(threading.local):
+    name: str = _default
+
+
+_choice = _Choice()
+
+
+def current() -> str:
+    """Name of the backend that a loss called now on this thread would use."""
+    return _choice.name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose which code runs on this thread: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+    ``auto`` runs the fused kernels on GPU tensors that they support and PyTorch operators elsewhere; ``triton`` always
+    runs the kernels and raises where they cannot run; ``eager`` always runs PyTorch operators. The choice is read once
+    in the forward and kept for the backward. The default comes from ``GENLOSS_BACKEND`` when the package is imported.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> with gk.backend("eager"):
+        ...     loss = gk.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> round(loss.item(), 4)
+        1.3863
+    """
+    previous, _choice.name = _choice.name, _validated(name)
+    try:
+        yield
+    finally:
+        _choice.name = previous
+
+
+def debug() -> bool:
+    """Whether ``GENLOSS_DEBUG=1`` asks for checks that read values on a GPU (read on every call)."""
+    return os.environ.get("GENLOSS_DEBUG") == "1"
+
+
+class _Semantics(threading.local):
+    device: bool = False
+
+
+_semantics = _Semantics()
+
+
+@contextmanager
+def device_semantics() -> Iterator[None]:
+    """Make interpreted CPU tensors behave as a GPU's do with bad class indices: no value check, NaN instead of an error."""
+    previous, _semantics.device = _semantics.device, True
+    try:
+        yield
+    finally:
+        _semantics.device = previous
+
+
+def reads_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the values of ``tensor``: on the CPU always, elsewhere only under ``GENLOSS_DEBUG``."""
+    if torch.compiler.is_compiling() or transformed(tensor):
+        return False
+    if tensor.device.type == "cpu":
+        return not _semantics.device
+    return tensor.device.type != "meta" and debug()
+
+
+@functools.lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether ``vmap`` or forward-mode AD is at work, which the operators cannot see through.
+
+    Under ``torch.compile`` the answer is no: dynamo traces through those transforms itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if _functorch.peek_interpreter_stack() is not None:
+        kinds = _functorch.TransformType
+        stack = _functorch.get_interpreter_stack() or ()
+        if any(level.key() not in (kinds.Grad, kinds.Functionalize) for level in stack):
+            return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def composite(*tensors: torch.Tensor | None) -> bool:
+    """Whether the eager path must be made of operators that every transform sees through: under all of ``torch.func``."""
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.peek_interpreter_stack() is not None or transformed(*tensors)
+
+
+def use_triton(main: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the fused kernels run for these operands; raises where they were asked for and cannot."""
+    name = _choice.name
+    if name == "eager":
+        return False
+    floating = [t for t in (main, *others) if t is not None and t.is_floating_point()]
+    if name == "auto":
+        return (
+            main.device.type == "cuda"
+            and triton_installed()
+            and all(t.dtype in KERNEL_DTYPES for t in floating)
+            and not transformed(main, *others)
+        )
+    if not triton_installed():
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, which is not installed: pip install triton (Linux only), "
+            "or use backend 'auto' or 'eager'"
+        )
+    if main.device.type not in ("cuda", "meta") and not (main.device.type == "cpu" and INTERPRETED):
+        raise RuntimeError(
+            f"backend 'triton' cannot run on {main.device.type} tensors: move them to a GPU, or set "
+            "TRITON_INTERPRET=1 in the environment before importing genloss_kernels to interpret the kernels on the CPU"
+        )
+    for tensor in floating:
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise RuntimeError(
+                f"backend 'triton' has no kernels for {tensor.dtype}: it accepts "
+                f"{', '.join(str(d) for d in KERNEL_DTYPES)}; use backend 'auto' or 'eager'"
+            )
+    if transformed(main, *others):
+        raise RuntimeError("backend 'triton' cannot run under vmap or forward-mode AD: use backend 'auto' or 'eager' there")
+    return True

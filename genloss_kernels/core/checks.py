@@ -1,0 +1,87 @@
+"""Validation before launch: what torch raises, with the argument named, what it got and what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import reads_values
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, not {type(value).__name__}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise NotImplementedError(
+            f"{name} must be a real floating point tensor, got {value.dtype}: convert it with .float()"
+        )
+
+
+def one_of(name: str, value: Any, accepted: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{value} is not a valid value for {name}: it must be one of {', '.join(accepted)}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+
+
+def integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be int, not {type(value).__name__}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be bool, not {type(value).__name__}")
+
+
+def label_smoothing(value: Any) -> None:
+    number("label_smoothing", value)
+    if not 0.0 <= value <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {value}")
+
+
+def same_device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise RuntimeError(f"{name} must be on the input's device, {like.device}, but is on {value.device}")
+
+
+def no_gradient(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the loss is not differentiable with respect to {name}, which has requires_grad=True: pass {name}.detach()"
+        )
+
+
+def broadcastable(name: str, value: Tensor, shape: torch.Size) -> None:
+    """``value`` must broadcast to ``shape`` without enlarging it."""
+    fits = value.dim() <= len(shape) and all(
+        size in (1, whole) for size, whole in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise RuntimeError(f"{name} of shape {list(value.shape)} does not broadcast to the shape {list(shape)} of the input")
+
+
+def class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:
+    """IndexError for a class index out of range, where values may be read."""
+    if target.numel() == 0 or not reads_values(target):
+        return
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < n_classes:
+        return
+    counted = target[target != ignore_index].long()
+    bad = counted[(counted < 0) | (counted >= n_classes)]
+    if bad.numel():
+        raise IndexError(
+            f"Target {int(bad[0])} is out of bounds: target must hold class indices from 0 to {n_classes - 1}, or "
+            f"ignore_index ({ignore_index})"
+        )

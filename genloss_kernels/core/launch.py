@@ -1,0 +1,142 @@
+"""Launching kernels: the one place through which every launch goes, and the tile and warp table."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+_lock = threading.Lock()
+_counters: list[Counter[str]] = []
+_observers: list[Callable[[Any, int, tuple[Any, ...], dict[str, Any]], bool]] = []
+
+
+@contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Yield a live ``collections.Counter`` of kernel launches by kernel name, over all threads, backward included.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> with gk.backend("eager"), gk.testing.count_launches() as launches:
+        ...     _ = gk.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> launches.total()
+        0
+    """
+    counter: Counter[str] = Counter()
+    with _lock:
+        _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        with _lock:
+            _counters[:] = [c for c in _counters if c is not counter]
+
+
+@contextmanager
+def observe_launches(observer: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], bool]) -> Iterator[None]:
+    """Call ``observer(kernel, programs, args, keywords)`` before each launch, which is dropped where that returns False."""
+    with _lock:
+        _observers.append(observer)
+    try:
+        yield
+    finally:
+        with _lock:
+            _observers.remove(observer)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **keywords: Any) -> None:
+    """Launch ``kernel`` on a one-dimensional grid on ``device``; a grid of no programs is no launch."""
+    if programs == 0:
+        return
+    if _counters:
+        with _lock:
+            for counter in _counters:
+                counter[kernel.__name__] += 1
+    if _observers:
+        # Every observer sees the launch, also where an earlier one drops it.
+        wanted = [observer(kernel, programs, args, keywords) for observer in list(_observers)]
+        if not all(wanted):
+            return
+    with _running_on(device):
+        kernel[(programs,)](*args, **keywords)
+
+
+def _running_on(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    import numpy
+
+    # The interpreter is NumPy, which warns where a GPU computes inf or NaN as it should.
+    return numpy.errstate(all="ignore")
+
+
+class Tile(NamedTuple):
+    """Elements that one program holds at once, and the warps that hold them."""
+
+    block: int
+    num_warps: int
+
+
+# 16 elements of 2 bytes or 8 of 4 in a thread are two 16-byte loads in flight; more than 8 warps lengthens the final
+# reduction of a row without adding bytes in flight on a multiprocessor that already holds several programs.
+_ROW_TILES = {2: (Tile(1024, 4), Tile(4096, 8)), 4: (Tile(512, 4), Tile(2048, 8)), 8: (Tile(256, 4), Tile(1024, 8))}
+
+# With probabilities or statistics a lane carries up to ten numbers: 16 elements in a thread spill, 8 (4 in fp64) do not.
+_HEAVY_ROW_TILES = {
+    2: (Tile(512, 4), Tile(2048, 8)),
+    4: (Tile(512, 4), Tile(2048, 8)),
+    8: (Tile(256, 4), Tile(1024, 8)),
+}
+
+# Rows shorter than this share a program: a whole program for 256 columns would leave most lanes masked.
+SHORT_ROW = 256
+
+# 8 elements in a thread, or 4 where a lane carries more than maximum and total.
+_SHORT_ELEMENTS, _HEAVY_SHORT_ELEMENTS = 1024, 512
+
+# 8 elements of each operand in a thread: four operands make enough loads in flight, and twice as many spill.
+ELEMENTWISE_TILES = {2: Tile(1024, 4), 4: Tile(1024, 4), 8: Tile(512, 4)}
+
+REDUCTION_TILE = Tile(1024, 4)
+
+
+def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False) -> Tile:
+    """Tile for one row of ``n_cols`` elements of ``itemsize`` bytes; ``heavy`` rows carry more than maximum and total."""
+    short, long = (_HEAVY_ROW_TILES if heavy else _ROW_TILES)[itemsize]
+    return short if n_cols <= 4 * short.block else long
+
+
+class RowsTile(NamedTuple):
+    """Rows and columns that one program holds at once."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, *, heavy: bool = False) -> RowsTile:
+    """Tile for many short rows, or for classes that are not the fastest dimension in memory."""
+    elements = _HEAVY_SHORT_ELEMENTS if heavy else _SHORT_ELEMENTS
+    if contiguous_cols:
+        cols = max(16, _power_of_two(min(n_cols, SHORT_ROW)))
+    else:
+        # 128 neighbouring positions are 256 to 512 bytes of each class: whole sectors, two to four a warp.
+        cols = max(8, elements // min(128, _power_of_two(n_inner)))
+        cols = min(cols, max(8, _power_of_two(n_cols)))
+    return RowsTile(min(max(1, elements // cols), 128), cols, 4)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def splits(n_programs: int, n_tiles: int, multiprocessors: int) -> int:
+    """Programs among which to share a row's tiles so that few long rows still fill the chip.
+
+    Two programs a multiprocessor, and at least two tiles a program, so that merging stays cheap beside the reading.
+    """
+    return max(1, min(2 * multiprocessors // max(1, n_programs), n_tiles // 2))

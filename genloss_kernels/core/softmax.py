@@ -1,0 +1,119 @@
+"""Row statistics in one pass: the online log-sum-exp and what hangs on it.
+
+The state of a lane is a tuple of tensors of one shape:
+
+maximum     largest value so far
+total       sum of exp(y - maximum)
+mass        sum of the coefficients q
+moment      sum of q * (y - maximum)
+spread      sum of exp(y - maximum) * (y - maximum), for the entropy
+argument    index of the maximum, the lowest where values tie
+target_mass, target_moment
+            as mass and moment, of a second set of coefficients
+target_maximum, target_argument
+            largest of these coefficients, and its index
+
+Whatever is not asked for stays constant and is removed by the compiler. Sums are taken relative to the running maximum,
+never to 0, so that no digits cancel where the largest probability is close to 1.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_math import lowest, tanh
+
+
+@triton.jit
+def transform(x, logit_scale, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
+    """Logits after scale and softcap."""
+    y = x * logit_scale
+    if SOFTCAP:
+        y = softcap * tanh(y * inverse_softcap)
+    return y
+
+
+@triton.jit
+def initial_state(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
+    zero = tl.zeros(SHAPE, DTYPE)
+    low = tl.full(SHAPE, lowest(DTYPE), DTYPE)
+    index = tl.zeros(SHAPE, tl.int32)
+    return low, zero, zero, zero, zero, index, zero, zero, low, index
+
+
+@triton.jit
+def update(
+    state, y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr
+):
+    """Take one more value into each lane: one exponential each, and no exchange between lanes.
+
+    ``q`` and ``t`` are the two coefficients of ``y``; lanes that are not ``live`` hold y = -inf and q = t = 0.
+    """
+    maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
+    difference = y - maximum
+    decay = tl.exp(-tl.abs(difference))
+    rises = difference > 0.0
+    if MOMENT:
+        change = difference * tl.where(rises, -mass, q)
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+        moment += change
+        mass += q
+    if TARGET:
+        change = difference * tl.where(rises, -target_mass, t)
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+        target_moment += change
+        target_mass += t
+        better = t > target_maximum
+        if MASKED:
+            better = better & live
+        target_argument = tl.where(better, index, target_argument)
+        target_maximum = tl.where(better, t, target_maximum)
+    if STATS:
+        # exp(-inf) is 0, and 0 * -inf would be NaN.
+        finite = tl.maximum(difference, lowest(maximum.dtype))
+        spread = tl.where(rises, decay * (spread - total * finite), spread + decay * finite)
+        argument = tl.where(rises, index, argument)
+    total = tl.where(rises, total * decay + 1.0, total + decay)
+    maximum = tl.maximum(maximum, y)
+    return maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
+
+
+@triton.jit
+def _first(value, index, AXIS: tl.constexpr):
+    """Largest value along the axis, and the lowest index that has it."""
+    top = tl.max(value, axis=AXIS)
+    at_top = value == tl.expand_dims(top, AXIS)
+    return top, tl.min(tl.where(at_top, index, 2147483647), axis=AXIS)
+
+
+@triton.jit
+def collapse(state, AXIS: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr):
+    """Merge the lanes along an axis, in an order that does not depend on timing."""
+    maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
+    top, first = _first(maximum, argument, AXIS)
+    difference = maximum - tl.expand_dims(top, AXIS)
+    decay = tl.exp(difference)
+    # A lane that saw nothing may be further below the top than the largest finite number.
+    difference = tl.maximum(difference, lowest(maximum.dtype))
+    if MOMENT:
+        moment = tl.sum(moment + mass * difference, axis=AXIS)
+        mass = tl.sum(mass, axis=AXIS)
+    else:
+        moment = tl.zeros_like(top)
+        mass = moment
+    if TARGET:
+        target_moment = tl.sum(target_moment + target_mass * difference, axis=AXIS)
+        target_mass = tl.sum(target_mass, axis=AXIS)
+        target_maximum, target_argument = _first(target_maximum, target_argument, AXIS)
+    else:
+        target_moment = tl.zeros_like(top)
+        target_mass = target_moment
+        target_maximum = target_moment
+        target_argument = first
+    if STATS:
+        spread = tl.sum(decay * (spread + total * difference), axis=AXIS)
+    else:
+        spread = tl.zeros_like(top)
+    total = tl.sum(decay * total, axis=AXIS)
+    return top, total, mass, moment, spread, first, target_mass, target_moment, target_maximum, target_argument

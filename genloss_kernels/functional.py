@@ -1,0 +1,14 @@
+"""The public functions, named as in ``torch.nn.functional``."""
+
+from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
+from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
+from .losses.gaussian_kl.api import gaussian_kl
+from .losses.nll_loss.api import nll_loss
+
+__all__ = [
+    "CrossEntropyStats",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "gaussian_kl",
+    "nll_loss",
+]

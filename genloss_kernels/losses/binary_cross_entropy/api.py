@@ -1,0 +1,141 @@
+"""The public binary cross entropy: check, choose the path, reduce."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import backend, checks, elementwise_op
+from ...core.reduction import Reduction, loss_dtype, parse_reduction
+from .reference import NAME
+
+_torch_loss = torch.nn.functional.binary_cross_entropy_with_logits
+
+# Below this many elements on a CPU the built-in's few calls cost less than ours over blocks, which save memory traffic.
+BUILTIN_BELOW = 2**21
+
+_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross entropy between logits and probabilities.
+
+    .. math::
+        \ell = w \big[ p \, t' \operatorname{softplus}(-x) + (1 - t') \operatorname{softplus}(x) \big], \qquad
+        t' = (1 - \epsilon) \, t + \epsilon / 2
+
+    with w ``weight``, p ``pos_weight`` and epsilon the label smoothing.
+
+    Args:
+        input: logits of any shape; fp32, fp16, bf16 or fp64.
+        target: probabilities in the shape of the input, floating point; not checked to lie in [0, 1].
+        weight: factor of each element's loss, broadcastable to the input. Takes no gradient.
+        size_average: deprecated, see ``reduction``.
+        reduce: deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        pos_weight: factor of the positive term, broadcastable to the input, usually (C). Takes no gradient.
+        label_smoothing: how far targets move towards 1/2, in [0, 1].
+        mask: bool, broadcastable to the input. Where False, loss and gradient are 0 whatever the element holds, and
+            ``mean`` divides by the number of True elements.
+
+    Returns:
+        0-d tensor for ``mean`` and ``sum``, the input's shape for ``none``; in the dtype to which input and target promote
+        (fp32 under autocast).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: target and input differ in shape, or the reduction is unknown.
+        RuntimeError: a weight or mask that does not broadcast, a weight that requires a gradient, dtypes or devices that do
+            not fit, ``label_smoothing`` outside [0, 1].
+        NotImplementedError: the input is not real floating point.
+
+    Numerics:
+        Arithmetic in fp32, fp64 for fp64, to the last digits at large logits. A term with coefficient 0 is 0 at an infinite
+        logit. ``mean`` over no element is NaN and ``sum`` 0. The same input gives the same bits.
+
+    Differs from torch:
+        An infinite logit gives 0 or inf, where torch gives NaN. Label smoothing and mask are added.
+
+    Source:
+        Bishop, "Pattern Recognition and Machine Learning", 2006, equation 4.90; Szegedy et al., "Rethinking the Inception
+        Architecture", 2016, section 7.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> loss = gk.binary_cross_entropy_with_logits(torch.tensor([0.0, 20.0]), torch.tensor([1.0, 0.0]))
+        >>> round(loss.item(), 4)
+        10.3466
+    """
+    reduction = parse_reduction(reduction, size_average, reduce)
+    _check(input, target, weight, pos_weight, mask, reduction, label_smoothing)
+    tensors = (input, target, weight, pos_weight)
+    triton = backend.use_triton(input, target, weight, pos_weight)
+    transformed = not triton and backend.composite(*tensors, mask)
+    if not triton and not transformed and mask is None and not label_smoothing and _builtin_is_best(input, target):
+        loss = _torch_loss(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        # An infinite logit may have made NaN of a term that counts for nothing.
+        if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
+            return loss
+    dtype = input.dtype
+    for tensor in (target, weight, pos_weight):
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return elementwise_op.apply(
+        NAME,
+        tensors,
+        mask,
+        (float(label_smoothing), 0.0, 0.0),
+        0,
+        _REDUCTIONS[reduction],
+        loss_dtype(dtype, input.device),
+        triton=triton,
+        by_reference=transformed,
+    )
+
+
+def _builtin_is_best(input: Tensor, target: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and input.device.type == "cpu"
+        and input.numel() < BUILTIN_BELOW
+        and input.dtype in (torch.float32, torch.float64)
+        and input.dtype == target.dtype
+    )
+
+
+def _check(input: Any, target: Any, weight: Any, pos_weight: Any, mask: Any, reduction: str, label_smoothing: Any) -> None:
+    checks.floating("input", input)
+    checks.tensor("target", target)
+    checks.one_of("reduction", reduction, _REDUCTIONS)
+    checks.label_smoothing(label_smoothing)
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    if not target.is_floating_point():
+        raise RuntimeError(f"target must be floating point probabilities, got {target.dtype}: convert it with .to(input)")
+    checks.same_device("target", target, input)
+    for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+        if tensor is not None:
+            checks.floating(name, tensor)
+            checks.same_device(name, tensor, input)
+            checks.broadcastable(name, tensor, input.shape)
+            checks.no_gradient(name, tensor)
+    if mask is not None:
+        checks.tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, True where an element counts, got {mask.dtype}")
+        checks.same_device("mask", mask, input)
+        checks.broadcastable("mask", mask, input.shape)

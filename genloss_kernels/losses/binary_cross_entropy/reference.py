@@ -1,0 +1,115 @@
+"""Binary cross entropy with logits in plain PyTorch: reference, and the eager path's formulas on blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.elementwise_op import Formulas, Scalars, register_formulas
+
+NAME = "binary_cross_entropy_with_logits"
+
+
+def _coefficients(
+    t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, smoothing: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Coefficients of softplus(x) and softplus(-x)."""
+    t = t.to(dtype)
+    if smoothing:
+        t = t * (1.0 - smoothing) + 0.5 * smoothing
+    a, b = 1.0 - t, t
+    if pos_weight is not None:
+        b = b * pos_weight.to(dtype)
+    if weight is not None:
+        a, b = a * weight.to(dtype), b * weight.to(dtype)
+    return a, b
+
+
+def _dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def reference(
+    x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, flags: int
+) -> Tensor:
+    dtype = _dtype(x, t, weight, pos_weight)
+    a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
+    x = x.to(dtype)
+    above, below = a * -F.logsigmoid(-x), b * -F.logsigmoid(x)
+    # A term with coefficient 0 is 0 at an infinite logit; elsewhere its gradient must flow, so only that product is cut.
+    return torch.where((a == 0) & (x == math.inf), 0.0, above) + torch.where((b == 0) & (x == -math.inf), 0.0, below)
+
+
+def value(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+    if x.device.type != "cpu":
+        return reference(x, t, weight, pos_weight, scalars, flags)
+    result = _fast_value(x, t, weight, pos_weight, scalars)
+    return result if math.isfinite(result.sum()) else reference(x, t, weight, pos_weight, scalars, flags)
+
+
+def total(
+    x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, flags: int
+) -> Tensor | float:
+    if x.device.type == "cpu":
+        result = float(_fast_value(x, t, weight, pos_weight, scalars).sum())
+        if math.isfinite(result):
+            return result
+    return reference(x, t, weight, pos_weight, scalars, flags).sum()
+
+
+def _fast_value(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars) -> Tensor:
+    """The loss where it is finite: NaN where an infinite logit meets a coefficient of 0."""
+    dtype = _dtype(x, t, weight, pos_weight)
+    x, t = x.to(dtype), t.to(dtype)
+    # softplus(x) = max(x, 0) + l and softplus(-x) = max(x, 0) - x + l, with l = log(1 + exp(-abs(x))) = -logsigmoid(abs(x)).
+    log_term = F.logsigmoid(x.abs())
+    if not scalars[0] and pos_weight is None:
+        result = x.clamp(min=0.0).addcmul_(x, t, value=-1.0).sub_(log_term)
+        return result if weight is None else result.mul_(weight.to(dtype))
+    a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
+    return (a + b).mul_(x.clamp(min=0.0) - log_term).addcmul_(b, x, value=-1.0)
+
+
+def gradient(
+    x: Tensor,
+    t: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    scalars: Scalars,
+    flags: int,
+    grad: Tensor | float,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    dtype = _dtype(x, t, weight, pos_weight)
+    x = x.to(dtype)
+    dx, dt, _, _ = outputs
+    if dx is not None:
+        # a * sigmoid(x) - b * sigmoid(-x), with half the exponentials.
+        torch.sigmoid(x, out=dx)
+        if not scalars[0] and pos_weight is None:
+            dx.sub_(t).mul_(grad)
+            if weight is not None:
+                dx.mul_(weight)
+        else:
+            a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
+            dx.mul_(a.add_(b)).sub_(b).mul_(grad)
+    if dt is not None:
+        below = F.logsigmoid(x)
+        if pos_weight is not None:
+            below = below * pos_weight.to(dtype)
+        torch.sub(F.logsigmoid(-x), below, out=dt).mul_(1.0 - scalars[0]).mul_(grad)
+        if weight is not None:
+            dt.mul_(weight.to(dtype))
+
+
+def _kernels() -> tuple[object, object]:
+    from . import kernels
+
+    return kernels.binary_cross_entropy_value, kernels.binary_cross_entropy_gradient
+
+
+register_formulas(NAME, Formulas(_kernels, reference, value, total, gradient))

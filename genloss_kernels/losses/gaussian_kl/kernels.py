@@ -1,0 +1,60 @@
+"""Formulas of the Gaussian KL divergence: operands mu_q, logvar_q, mu_p and logvar_p; scalars free bits and clamp."""
+
+import triton
+import triton.language as tl
+
+from ...core.triton_math import expm1_excess
+
+# Bits of FLAGS, shared with the launcher in op.py.
+GENERAL = tl.constexpr(1)
+CLAMPED = tl.constexpr(2)
+FREE_BITS = tl.constexpr(4)
+
+
+@triton.jit
+def _clamped(logvar, low, high, FLAGS: tl.constexpr):
+    if CLAMPED & FLAGS:
+        logvar = tl.where(logvar < low, low, tl.where(logvar > high, high, logvar))
+    return logvar
+
+
+@triton.jit
+def _parts(mu_q, logvar_q, mu_p, logvar_p, low, high, FLAGS: tl.constexpr):
+    """Distance of the means, precision of p, expm1 and its excess at the difference of the log-variances."""
+    v = _clamped(logvar_q, low, high, FLAGS)
+    if GENERAL & FLAGS:
+        prior = _clamped(logvar_p, low, high, FLAGS)
+        distance = mu_q - mu_p
+        precision = tl.exp(-prior)
+        v = v - prior
+    else:
+        distance = mu_q
+        precision = tl.full(v.shape, 1.0, v.dtype)
+    growth, excess = expm1_excess(v)
+    return distance, precision, growth, excess
+
+
+@triton.jit
+def gaussian_kl_value(mu_q, logvar_q, mu_p, logvar_p, free_bits, low, high, FLAGS: tl.constexpr):
+    distance, precision, _, excess = _parts(mu_q, logvar_q, mu_p, logvar_p, low, high, FLAGS)
+    value = 0.5 * (excess + distance * distance * precision)
+    if FREE_BITS & FLAGS:
+        value = tl.where(value < free_bits, free_bits, value)
+    return value
+
+
+@triton.jit
+def gaussian_kl_gradient(mu_q, logvar_q, mu_p, logvar_p, free_bits, low, high, FLAGS: tl.constexpr):
+    distance, precision, growth, excess = _parts(mu_q, logvar_q, mu_p, logvar_p, low, high, FLAGS)
+    dmu = distance * precision
+    dlogvar_q = 0.5 * growth
+    dlogvar_p = -0.5 * (growth + distance * dmu)
+    if CLAMPED & FLAGS:
+        dlogvar_q = tl.where((logvar_q >= low) & (logvar_q <= high), dlogvar_q, 0.0)
+        dlogvar_p = tl.where((logvar_p >= low) & (logvar_p <= high), dlogvar_p, 0.0)
+    if FREE_BITS & FLAGS:
+        pays = 0.5 * (excess + distance * dmu) > free_bits
+        dmu = tl.where(pays, dmu, 0.0)
+        dlogvar_q = tl.where(pays, dlogvar_q, 0.0)
+        dlogvar_p = tl.where(pays, dlogvar_p, 0.0)
+    return dmu, dlogvar_q, -dmu, dlogvar_p

@@ -1,0 +1,110 @@
+"""What the kernels' main loops read and write in full, and so should move 16 bytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .specialisations import Specialisation
+
+_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "u1": 1, "i1": 1}
+
+# Kinds of the elementwise kernels' operands, two bits of KINDS each.
+_DENSE, _SINGLE, _STRIDED = 1, 2, 3
+
+_LANES = 32
+
+
+class Streams(NamedTuple):
+    """What one tile of a kernel's main loop reads and writes.
+
+    ``loads`` and ``stores``: bytes an element of each operand that should move 16 bytes at a time. ``others``: the same
+    of what is read beside them, such as class weights. ``singles``: bytes of values that a tile reads once.
+    ``elements``: how many of each operand a thread holds.
+    """
+
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+    others: tuple[int, ...]
+    singles: tuple[int, ...]
+    elements: int
+
+
+def streams(kernel: Specialisation) -> Streams | None:
+    """Streams of a kernel that are to move 16 bytes at a time; None where its layout does not allow it."""
+    return STREAMS[kernel.name](kernel) if kernel.name in STREAMS else None
+
+
+def _row_streams(kernel: Specialisation) -> Streams | None:
+    return None if kernel["VEC"] == 1 else _class_streams(kernel, kernel["BLOCK"])
+
+
+def _tile_streams(kernel: Specialisation) -> Streams | None:
+    """Tiles move whole vectors along the dimension that is contiguous, where its size and all strides allow it."""
+    names = ["logits", *(["target"] if kernel["PROBABILITIES"] else [])]
+    if "backward" in kernel.name:
+        names += ["grad"] * kernel["GRAD_LOGITS"] + ["grad_target"] * kernel["GRAD_TARGET"]
+    along, across = ("col", "inner") if kernel["logits_stride_col"] == 1 else ("inner", "col")
+    sizes = {"inner": ("n_inner",), "col": ("n_cols", "split_cols")}[along]
+    aligned = (
+        all(kernel[f"{name}_stride_{along}"] == 1 for name in names)
+        and all(kernel.divisible(f"{name}_stride_{across}") for name in names)
+        and all(kernel.divisible(f"{name}_strides") for name in names)
+        and all(kernel.divisible(f"{name}_ptr") for name in ("logits", "target")[: len(names)])
+        and all(kernel.divisible(size) for size in sizes)
+    )
+    return _class_streams(kernel, kernel["BLOCK_ROWS"] * kernel["BLOCK_COLS"]) if aligned else None
+
+
+def _class_streams(kernel: Specialisation, block: int) -> Streams:
+    forward = "forward" in kernel.name
+    coefficients = kernel["PROBABILITIES"] or kernel["SMOOTHING"]
+    # Without a gradient of the logits the backward needs the weights, but no targets.
+    loads = ["logits_ptr", *(["target_ptr"] if kernel["PROBABILITIES"] and (forward or kernel["GRAD_LOGITS"]) else [])]
+    gradients = (("GRAD_LOGITS", "grad_logits_ptr"), ("GRAD_TARGET", "grad_target_ptr"))
+    stores = [] if forward else [pointer for flag, pointer in gradients if kernel[flag]]
+    others = ["weight_ptr"] if coefficients and kernel.signature["weight_ptr"] != "constexpr" else []
+    elements = _elements(kernel, block)
+    return Streams(_sizes(kernel, loads), _sizes(kernel, stores), _sizes(kernel, others), (), elements)
+
+
+def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
+    return tuple(_itemsize(kernel.signature[name]) for name in pointers)
+
+
+def _elementwise_streams(kernel: Specialisation) -> Streams | None:
+    operands = kernel.signature["operands"]
+    places = {
+        kind: [place for place in range(len(operands)) if (kernel["KINDS"] >> (2 * place)) & 3 == kind]
+        for kind in (_DENSE, _SINGLE, _STRIDED)
+    }
+    argument = kernel.kernel.arg_names.index("operands")
+    if not places[_DENSE] or not all(kernel.attributes.get((argument, place)) for place in places[_DENSE]):
+        return None
+    results = kernel.signature["loss_ptr"] if "forward" in kernel.name else kernel.signature["grads"]
+    written = [pointer for pointer in _flat(results) if pointer != "constexpr"]
+    dense, single, strided = (tuple(_itemsize(operands[place]) for place in places[kind]) for kind in places)
+    return Streams(dense, tuple(map(_itemsize, written)), strided, single, _elements(kernel, kernel["BLOCK"]))
+
+
+def _elements(kernel: Specialisation, block: int) -> int:
+    return max(1, block // (_LANES * kernel.num_warps))
+
+
+def _flat(types: Any) -> tuple[str, ...]:
+    return types if isinstance(types, tuple) else (types,)
+
+
+def _itemsize(pointer: str) -> int:
+    return _BYTES[pointer.lstrip("*")]
+
+
+# The kernels that walk memory by whole vectors; others gather, or hold few values.
+STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
+    "_cross_entropy_forward_rows_kernel": _row_streams,
+    "_cross_entropy_backward_rows_kernel": _row_streams,
+    "_cross_entropy_forward_tiles_kernel": _tile_streams,
+    "_cross_entropy_backward_tiles_kernel": _tile_streams,
+    "_elementwise_forward_kernel": _elementwise_streams,
+    "_elementwise_backward_kernel": _elementwise_streams,
+}

@@ -1,0 +1,60 @@
+"""Two suites in one tree: kernels (marked ``interpreter``) and everything else.
+
+Kernel tests run interpreted on CPU tensors under TRITON_INTERPRET=1, or compiled where there is a GPU; Triton fixes the
+mode when the kernels are imported, so one process runs one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import genloss_kernels as gk
+from genloss_kernels.core.backend import INTERPRETED
+
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect, rather than skip, the tests of the suite that this process does not run."""
+    kept, dropped = [], []
+    for item in items:
+        kernels = item.get_closest_marker("interpreter") is not None
+        fits = (INTERPRETED or HAS_GPU) if kernels else not INTERPRETED
+        (kept if fits else dropped).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(
+    params=["eager", pytest.param("triton", marks=pytest.mark.interpreter)],
+)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on both paths; on the kernels' a test in which none was launched has failed."""
+    with gk.backend(request.param), gk.testing.count_launches() as launches:
+        yield request.param
+    if request.param == "triton":
+        assert launches.total() > 0, "no kernel was launched"
+    else:
+        assert launches.total() == 0, f"kernels were launched on the eager path: {launches}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill uninitialised memory with NaN, so that whatever a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

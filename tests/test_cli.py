@@ -1,0 +1,242 @@
+"""The command line: what it prints, and its exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import genloss_kernels as gk
+from genloss_kernels import cases, functional, info
+from genloss_kernels.__main__ import COMMANDS, main
+from genloss_kernels.cases import Case
+from genloss_kernels.core.backend import INTERPRETED
+from genloss_kernels.core.launch import observe_launches
+from genloss_kernels.doctor import examine
+
+
+@pytest.fixture
+def one_case(monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Leave one small case, in float32, for doctor and bench."""
+    small = next(c for c in cases.CASES if c.loss == "gaussian_kl" and c.name.startswith("small batch"))
+    case = replace(small, uses=frozenset({cases.DOCTOR, cases.BENCH}))
+    monkeypatch.setattr(cases, "CASES", (case,))
+    return case
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[Tensor], Tensor]) -> None:
+    """Make ``gaussian_kl`` return what ``spoilt`` makes of its result."""
+    original = functional.gaussian_kl
+
+    def broken(**arguments: Any) -> Tensor:
+        return spoilt(original(**arguments))
+
+    monkeypatch.setattr(functional, "gaussian_kl", broken)
+
+
+def steeper(loss: Tensor) -> Tensor:
+    """The same loss with a gradient that is one percent off."""
+    return loss.detach() + 1.01 * (loss - loss.detach())
+
+
+def higher(loss: Tensor) -> Tensor:
+    return loss * 1.001
+
+
+def failing(loss: Tensor) -> Tensor:
+    raise RuntimeError("out of resources")
+
+
+def test_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "bench"])
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"{command} [-h]" in capsys.readouterr().out
+
+
+def test_unknown_command() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["cure"])
+    assert exit_.value.code == 2
+
+
+def test_as_a_module() -> None:
+    run = subprocess.run([sys.executable, "-m", "genloss_kernels", "info"], capture_output=True, text=True, check=True)
+    assert gk.__version__ in run.stdout
+
+
+def test_info_names_versions_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (gk.__version__, torch.__version__, *info.devices(), *info.losses()):
+        assert expected in printed
+
+
+def test_info_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["backend"] == "auto"
+    assert set(report["losses"]) == set(info.losses())
+
+
+def test_info_reads_sizes_from_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sys.modules[functional.cross_entropy.__module__], "BUILTIN_BELOW", 4321)
+    assert "below 4321 elements" in info.path("cross_entropy")
+    with gk.backend("triton"):
+        assert ("interpreted" if INTERPRETED else "none: backend 'triton' needs") in info.path("cross_entropy")
+
+
+def test_doctor_passes(one_case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"PASS  {one_case.loss}" in printed
+    assert "PASS: 1 rows" in printed
+
+
+def test_doctor_says_that_it_checks_no_kernel(
+    one_case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "default_device", lambda: torch.device("cpu"))
+    assert main(["doctor"]) == 0
+    assert "No kernel is checked" in capsys.readouterr().out
+
+
+def test_doctor_json_is_one_document(one_case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (row,) = report["rows"]
+    assert report["passed"]
+    assert report["versions"] == info.versions()
+    assert (row["loss"], row["case"], row["dtype"]) == (one_case.loss, one_case.name, "float32")
+    assert row["tensors"].keys() == {"loss", "d mu_q", "d logvar_q"}
+    assert all(tensor["error"] <= tensor["allowed"] for tensor in row["tensors"].values())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        (steeper, "beyond the tolerance: d mu_q, d logvar_q"),
+        (higher, "beyond the tolerance: loss, d mu_q, d logvar_q"),
+        (failing, "RuntimeError: out of resources"),
+    ],
+)
+def test_doctor_fails_on_a_broken_loss(
+    one_case: Case,
+    spoilt: Callable[[Tensor], Tensor],
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(monkeypatch, spoilt)
+    assert main(["doctor", "--json"]) == 1
+    streams = capsys.readouterr()
+    report = json.loads(streams.out)
+    assert not report["passed"]
+    assert report["rows"][0]["problem"] == problem
+    assert "FAIL: 1 of 1 rows" in streams.err
+
+
+def test_doctor_fails_where_no_kernel_was_launched(one_case: Case) -> None:
+    with gk.backend("eager"):
+        finding = examine(one_case, torch.device("cpu"), torch.float32, kernels=True)
+    assert finding.problem == "RuntimeError: no kernel was launched in the forward"
+
+
+# Triton's interpreter turns arrays of one element into numbers as NumPy is about to forbid.
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.interpreter
+def test_doctor_launches_kernels(one_case: Case, device: torch.device) -> None:
+    with gk.backend("triton"):
+        finding = examine(one_case, device, torch.float32, kernels=True)
+    assert finding.passed, finding.problem
+    assert finding.launches
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", cases.select(cases.DOCTOR), ids=lambda case: f"{case.loss}: {case.name}")
+def test_every_case_of_doctor_launches_kernels(case: Case, device: torch.device) -> None:
+    """Forward and backward. The kernels themselves are left out, so the results are wrong, and the test is quick."""
+    # The oracle is not asked either: its answer does not matter here.
+    unjudged = replace(case, oracle=case.function)
+    with gk.backend("triton"), observe_launches(lambda *_: False):
+        finding = examine(unjudged, device, case.dtypes[0], kernels=True)
+    assert len(finding.launches) >= 2
+    assert "no kernel was launched" not in (finding.problem or "")
+
+
+def test_bench_prints_saves_and_draws(one_case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "--rounds", "2", "--no-compile", "--out", str(tmp_path)]) == 0
+    streams = capsys.readouterr()
+    assert one_case.name in streams.out
+    assert one_case.name in streams.err
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["environment"]["versions"] == info.versions()
+    assert report["config"]["rounds"] == 2
+    (result,) = report["results"]
+    for name in ("genloss_kernels", "torch"):
+        samples = result["samples"][name]
+        assert len(samples["forward"]) == len(samples["backward"]) == 2
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("spoilt", [steeper, higher, failing])
+def test_bench_reports_no_speed_for_a_wrong_result(
+    one_case: Case,
+    spoilt: Callable[[Tensor], Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(monkeypatch, spoilt)
+    assert main(["bench", "--rounds", "2", "--no-compile", "--out", str(tmp_path)]) == 1
+    assert "no speed: " in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert result["samples"] == {}
+    assert "genloss_kernels" in result["problems"]
+    assert not (tmp_path / "bench.png").exists()
+
+
+def test_bench_without_matplotlib(
+    one_case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "--rounds", "2", "--no-compile", "--out", str(tmp_path)]) == 0
+    streams = capsys.readouterr()
+    assert "pip install 'genloss_kernels[bench]'" in streams.err
+    assert one_case.name in streams.out
+    assert (tmp_path / "bench.json").exists()
+
+
+def test_bench_lists_what_the_options_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list", "--loss", "gaussian_kl", "--case", "small", "--dtype", "float16", "float64"]) == 0
+    name = "gaussian_kl: small batch 64 x 32"
+    assert capsys.readouterr().out.splitlines() == [f"{name}, float16", f"{name}, float64"]
+
+
+def test_bench_refuses_options_that_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--case", "no such case"]) == 2
+    assert "--list" in capsys.readouterr().err
+
+
+def test_bench_needs_rounds_for_quartiles() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--rounds", "1"])
+    assert exit_.value.code == 2

@@ -1,0 +1,180 @@
+"""Small calls of every loss with its options, as functions of their differentiable tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import genloss_kernels as gk
+
+# Small inputs go to torch's own operators on the eager path, where they do not need the loss's own in blocks.
+ROUTES = [
+    pytest.param("eager", "as is", id="eager"),
+    pytest.param("eager", "blocks", id="blocks"),
+    pytest.param("triton", "as is", id="triton", marks=pytest.mark.interpreter),
+]
+
+every_route = pytest.mark.parametrize(("path", "small"), ROUTES, indirect=True)
+
+# A function and the tensors that it takes.
+Problem = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+class Draw:
+    """Random tensors of one dtype on one device, the same for the same seed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)
+
+    def positive(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device, dtype=self.dtype) + 0.5
+
+    def probabilities(self, *shape: int) -> Tensor:
+        return torch.softmax(self.normal(*shape), 1)
+
+    def labels(self, n_classes: int, *shape: int) -> Tensor:
+        """Every third one ignored."""
+        found = torch.randint(n_classes, shape, generator=self.generator, device=self.device)
+        found.view(-1)[1::3] = -100
+        return found
+
+
+class Example(NamedTuple):
+    name: str
+    loss: str
+    make: Callable[[Draw, int], Problem]
+
+    def problem(self, device: torch.device, dtype: torch.dtype = torch.float64, rows: int = 4) -> Problem:
+        """The function, and leaves that require a gradient; ``rows`` is the batch size."""
+        function, tensors = self.make(Draw(device, dtype), rows)
+        return function, tuple(t.detach().requires_grad_() for t in tensors)
+
+    def __str__(self) -> str:
+        return f"{self.loss}-{self.name}".replace(" ", "_")
+
+
+def _labelled(n_classes: int, *inner: int, weighted: bool = False, **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        target = draw.labels(n_classes, rows, *inner)
+        weight = draw.positive(n_classes) if weighted else None
+        logits = draw.normal(rows, n_classes, *inner)
+        return lambda x: gk.cross_entropy(x, target, weight, **options), (logits,)
+
+    return make
+
+
+def _every_option(draw: Draw, rows: int) -> Problem:
+    target, weight = draw.labels(5, rows), draw.positive(5)
+
+    def loss(logits: Tensor, row_weight: Tensor, divisor: Tensor) -> Tensor:
+        return gk.cross_entropy(
+            logits, target, weight, label_smoothing=0.1, softcap=3.0, logit_scale=0.7, z_loss=0.01,
+            row_weight=row_weight, divisor=divisor,
+        )  # fmt: skip
+
+    return loss, (draw.normal(rows, 5), draw.positive(rows), draw.positive())
+
+
+def _fixed_row_weight(draw: Draw, rows: int) -> Problem:
+    target, row_weight = draw.labels(5, rows), draw.positive(rows)
+    return lambda x: gk.cross_entropy(x, target, row_weight=row_weight, divisor=7.0), (draw.normal(rows, 5),)
+
+
+def _soft_targets(draw: Draw, rows: int) -> Problem:
+    weight = draw.positive(5)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return gk.cross_entropy(logits, target, weight, label_smoothing=0.2, softcap=4.0, reduction="sum")
+
+    return loss, (draw.normal(rows, 5), draw.probabilities(rows, 5))
+
+
+def _statistics(draw: Draw, rows: int) -> Problem:
+    target = draw.labels(5, rows)
+
+    def loss(logits: Tensor) -> Tensor:
+        stats = gk.cross_entropy(logits, target, return_stats=True)
+        return stats.loss + 0.1 * stats.lse.sum() + 0.2 * stats.log_prob.square().sum() - 0.3 * stats.entropy.sum()
+
+    return loss, (draw.normal(rows, 5),)
+
+
+def _negative_log_likelihood(draw: Draw, rows: int, **options: Any) -> Problem:
+    target, weight = draw.labels(5, rows), draw.positive(5)
+    return lambda x: gk.nll_loss(x, target, weight, **options), (torch.log_softmax(draw.normal(rows, 5), 1),)
+
+
+def _binary(draw: Draw, rows: int) -> Problem:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return gk.binary_cross_entropy_with_logits(logits, target)
+
+    return loss, (draw.normal(rows, 5), draw.positive(rows, 5) - 0.4)
+
+
+def _binary_options(draw: Draw, rows: int) -> Problem:
+    weight, pos_weight = draw.positive(rows, 1), draw.positive(5)
+    mask = draw.positive(rows, 5) > 0.7
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return gk.binary_cross_entropy_with_logits(
+            logits, target, weight, pos_weight=pos_weight, label_smoothing=0.1, mask=mask
+        )
+
+    return loss, (draw.normal(rows, 5), draw.positive(rows, 5) - 0.4)
+
+
+def _binary_rows(draw: Draw, rows: int) -> Problem:
+    pos_weight, target = draw.positive(5), draw.positive(rows, 5) - 0.4
+
+    def loss(logits: Tensor) -> Tensor:
+        return gk.binary_cross_entropy_with_logits(logits, target, pos_weight=pos_weight, reduction="none")
+
+    return loss, (draw.normal(rows, 5),)
+
+
+def _gaussians(prior: bool, **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        shapes = [(rows, 5), (rows, 5), *([(5,), (5,)] if prior else [])]
+        return lambda *tensors: gk.gaussian_kl(*tensors, **options), tuple(draw.normal(*s) for s in shapes)
+
+    return make
+
+
+def _examples() -> Iterator[Example]:
+    loss = "cross_entropy"
+    yield Example("ignored rows", loss, _labelled(5))
+    yield Example("per row weighted smoothed", loss, _labelled(5, 3, weighted=True, label_smoothing=0.1, reduction="none"))
+    yield Example("softcap and z-loss", loss, _labelled(5, softcap=2.0, z_loss=0.05, logit_scale=1.5, reduction="sum"))
+    yield Example("row weight and fixed divisor", loss, _fixed_row_weight)
+    yield Example("weights and divisor differentiable", loss, _every_option)
+    yield Example("soft targets", loss, _soft_targets)
+    yield Example("statistics", loss, _statistics)
+    loss = "nll_loss"
+    yield Example("weighted mean", loss, _negative_log_likelihood)
+    yield Example("per row", loss, lambda draw, rows: _negative_log_likelihood(draw, rows, reduction="none"))
+    loss = "binary_cross_entropy_with_logits"
+    yield Example("plain", loss, _binary)
+    yield Example("weighted smoothed masked", loss, _binary_options)
+    yield Example("per element", loss, _binary_rows)
+    loss = "gaussian_kl"
+    yield Example("standard", loss, _gaussians(False))
+    yield Example("learned prior", loss, _gaussians(True, reduction="none"))
+    # The bounds lie away from every element, sample and log-variance that is drawn.
+    yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
+    yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
+
+
+EXAMPLES = tuple(_examples())
+
+
+def select(*losses: str) -> list[Example]:
+    """Examples of the given losses, or of all."""
+    return [e for e in EXAMPLES if not losses or e.loss in losses]

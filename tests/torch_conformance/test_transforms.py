@@ -1,0 +1,591 @@
+"""What PyTorch may do with a loss: operator checks, compile, export, function transforms, checkpointing, threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import genloss_kernels as gk
+from genloss_kernels.core.reduction import Reduction
+from genloss_kernels.losses.binary_cross_entropy.reference import NAME as BINARY
+from genloss_kernels.losses.gaussian_kl.reference import CLAMPED, GENERAL
+from genloss_kernels.losses.gaussian_kl.reference import NAME as GAUSSIAN
+
+from .examples import EXAMPLES, Draw, Example, every_route, select
+
+# Dynamo instantiates the class itself while it traces an autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+MEAN, SUM, NONE, SAMPLE = (int(r) for r in (Reduction.MEAN, Reduction.SUM, Reduction.NONE, Reduction.SAMPLE))
+
+
+def examples(*losses: str, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("example", [e for e in select(*losses) if e.name not in but], ids=str)
+
+
+# Gradients of the row weights and of the divisor are the reference's on every path, so no kernel runs.
+BY_REFERENCE = "weights and divisor differentiable"
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Start and end with nothing compiled; the caches on disk know operators by name, and would outlive a change of one."""
+    torch._dynamo.reset()
+    inductor, autograd = torch._inductor.config, torch._functorch.config
+    with inductor.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
+def gradients(loss: Tensor, tensors: tuple[Tensor, ...], seed: int = 1) -> tuple[Tensor, ...]:
+    """Gradients along a random upstream gradient."""
+    generator = torch.Generator(loss.device).manual_seed(seed)
+    upstream = torch.randn(loss.shape, generator=generator, device=loss.device, dtype=loss.dtype)
+    return torch.autograd.grad(loss, tensors, upstream)
+
+
+def assert_same(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _check(operator: Any, *arguments: Any) -> Any:
+    torch.library.opcheck(operator, arguments)
+    return operator(*arguments)
+
+
+def _cross_entropy_arguments(draw: Draw, which: str) -> tuple[list[Any], list[Any], int, bool]:
+    """Tensors, options (divisor last), reduction and whether statistics are wanted."""
+    plain = [-100, 0.0, None, 1.0, 0.0, None]
+    match which:
+        case "labels":
+            return [draw.normal(4, 7), draw.labels(7, 4), None, None, None], plain, MEAN, False
+        case "every option":
+            tensors = [draw.normal(4, 7), draw.labels(7, 4), draw.positive(7), draw.positive(4), draw.positive()]
+            return tensors, [-100, 0.1, 3.0, 0.7, 0.01, None], MEAN, True
+        case "classes in dimension 1, per row":
+            tensors = [draw.normal(2, 5, 3), draw.labels(5, 2, 3), None, draw.positive(2, 3), None]
+            return tensors, [-100, 0.2, None, 1.0, 0.0, None], NONE, True
+        case "fixed divisor":
+            target = draw.labels(7, 4).clamp(min=2)
+            return [draw.normal(4, 7), target, None, None, None], [2, 0.0, None, 1.0, 0.0, 9.0], MEAN, False
+    tensors = [draw.normal(3, 7), draw.probabilities(3, 7), draw.positive(7), None, None]
+    return tensors, [-100, 0.1, None, 2.0, 0.0, None], SUM, True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "which", ["labels", "every option", "classes in dimension 1, per row", "fixed divisor", "probabilities"]
+)
+def test_opcheck_cross_entropy(which: str, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    tensors, options, reduction, stats = _cross_entropy_arguments(Draw(device, torch.float32), which)
+    tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    result = _check(
+        torch.ops.genloss.cross_entropy_forward.default,
+        *tensors, *options, reduction, stats, dtype, path == "triton",
+    )  # fmt: skip
+    loss, lse, log_prob, entropy, _, _, saved, normalizer = result
+    own_divisor = reduction == MEAN and tensors[4] is None and options[5] is None
+    tensors[4] = normalizer if own_divisor else tensors[4]
+    upstream = [torch.ones_like(loss), *(torch.ones_like(s) if stats else None for s in (lse, log_prob, entropy))]
+    soft = tensors[1].is_floating_point()
+    _check(
+        torch.ops.genloss.cross_entropy_backward.default,
+        *tensors, saved, entropy, *upstream, *options, True, soft, path == "triton",
+    )  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+def test_opcheck_nll_loss(reduction: int, device: torch.device) -> None:
+    draw = Draw(device, torch.float32)
+    for input, target in ((draw.normal(4, 7), draw.labels(7, 4)), (draw.normal(2, 5, 3), draw.labels(5, 2, 3))):
+        for weight in (None, draw.positive(input.size(1))):
+            forward = torch.ops.genloss.nll_loss_forward.default
+            loss, normalizer = _check(forward, input, target, weight, -100, reduction, torch.float32)
+            backward = torch.ops.genloss.nll_loss_backward.default
+            _check(backward, input, target, weight, normalizer, torch.ones_like(loss), -100)
+
+
+def _elementwise_arguments(draw: Draw, which: str) -> tuple[str, list[Any], Any, list[float], int, int]:
+    a, b = draw.normal(4, 6), draw.positive(4, 6)
+    match which:
+        case "binary mean":
+            return BINARY, [a, b, None, None], None, [0.0, 0.0, 0.0], 0, MEAN
+        case "binary masked mean":
+            return BINARY, [a, b, draw.positive(4, 1), draw.positive(6)], b > 1.0, [0.1, 0.0, 0.0], 0, MEAN
+        case "binary per element, transposed":
+            return BINARY, [a.t(), b.t(), None, draw.positive(4)], None, [0.0, 0.0, 0.0], 0, NONE
+        case "gaussian sum":
+            return GAUSSIAN, [a, b, None, None], None, [0.0, 0.0, 0.0], 0, SUM
+        case "gaussian per sample, learned prior":
+            tensors = [a, b, draw.normal(6), draw.normal(6)]
+            return GAUSSIAN, tensors, None, [0.0, -1.0, 1.0], GENERAL | CLAMPED, SAMPLE
+    return GAUSSIAN, [draw.normal(4, 1), b, a, a], None, [0.0, 0.0, 0.0], GENERAL, NONE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "which",
+    [
+        "binary mean",
+        "binary masked mean",
+        "binary per element, transposed",
+        "gaussian sum",
+        "gaussian per sample, learned prior",
+        "gaussian broadcast",
+    ],
+)
+def test_opcheck_elementwise(which: str, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    loss, tensors, mask, scalars, flags, reduction = _elementwise_arguments(Draw(device, torch.float32), which)
+    tensors = [None if t is None else t.to(dtype) for t in tensors]
+    triton = path == "triton"
+    formula = [*scalars, flags, reduction]
+    forward = torch.ops.genloss.elementwise_forward.default
+    result, kept = _check(forward, loss, *tensors, mask, *formula, dtype, triton)
+    # Weights of binary cross entropy take no gradient.
+    needed = [t is not None and (loss == GAUSSIAN or place < 2) for place, t in enumerate(tensors)]
+    backward = torch.ops.genloss.elementwise_backward.default
+    _check(backward, loss, *tensors, mask, torch.ones_like(result), kept, *formula, needed, triton)
+
+
+def test_every_operator_has_a_check() -> None:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
+    families = ("cross_entropy", "elementwise", "nll_loss")
+    assert names == {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
+
+
+# --- finite differences ----------------------------------------------------------------------------------------------
+
+
+@every_route
+@examples(but=(BY_REFERENCE,))
+def test_gradcheck(example: Example, path: str, small: str, device: torch.device) -> None:
+    function, tensors = example.problem(device, rows=3)
+    # Random projections of the Jacobian, where the whole of it would take the interpreter minutes.
+    assert gradcheck(function, tensors, fast_mode=path == "triton")
+
+
+@every_route
+@examples(but=(BY_REFERENCE,))
+def test_gradgradcheck(example: Example, path: str, small: str, device: torch.device) -> None:
+    function, tensors = example.problem(device, rows=2)
+    assert gradgradcheck(function, tensors, fast_mode=path == "triton")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_gradcheck_of_weights_and_divisor(backend: str, device: torch.device) -> None:
+    (example,) = [e for e in EXAMPLES if e.name == BY_REFERENCE]
+    function, tensors = example.problem(device)
+    with gk.backend(backend):
+        assert gradcheck(function, tensors)
+        assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "gaussian_kl"])
+def test_third_order(loss: str, path: str, device: torch.device) -> None:
+    function, tensors = next(e for e in select(loss)).problem(device, rows=2)
+
+    def gradient(*at: Tensor) -> Tensor:
+        grads = torch.autograd.grad(function(*at), at, create_graph=True)
+        return sum((g.square().sum() for g in grads), torch.zeros((), dtype=torch.float64, device=device))
+
+    assert gradgradcheck(gradient, tensors, fast_mode=True)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+COMPILED_BY_INDUCTOR = (
+    ("cross_entropy", "ignored rows"),
+    ("cross_entropy", "statistics"),
+    ("nll_loss", "weighted mean"),
+    ("binary_cross_entropy_with_logits", "weighted smoothed masked"),
+    ("gaussian_kl", "capacity"),
+)
+
+
+def _compiled_matches(example: Example, compiler: str, device: torch.device) -> None:
+    function, tensors = example.problem(device)
+    expected = function(*tensors)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    found = compiled(*tensors)
+    assert_same(found, expected)
+    assert_same(gradients(found, tensors), gradients(expected, tensors))
+
+
+@pytest.mark.usefixtures("compiler")
+@examples(but=(BY_REFERENCE,))
+def test_aot_eager(example: Example, path: str, device: torch.device) -> None:
+    _compiled_matches(example, "aot_eager", device)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("loss", "name"), COMPILED_BY_INDUCTOR)
+def test_inductor(loss: str, name: str, path: str, device: torch.device) -> None:
+    (example,) = [e for e in select(loss) if e.name == name]
+    _compiled_matches(example, "inductor", device)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_statistics(path: str, device: torch.device) -> None:
+    """Counts and the gradient of one statistic alone."""
+    draw = Draw(device, torch.float64)
+    logits, target = draw.normal(6, 5).requires_grad_(), draw.labels(5, 6)
+
+    def statistics(logits: Tensor) -> gk.CrossEntropyStats:
+        return gk.cross_entropy(logits, target, reduction="none", return_stats=True)
+
+    compiled = torch.compile(statistics, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(logits), statistics(logits)
+    assert isinstance(found, gk.CrossEntropyStats)
+    assert_same(tuple(found), tuple(expected))
+    for name in ("loss", "lse", "log_prob", "entropy"):
+        found, expected = getattr(compiled(logits), name), getattr(statistics(logits), name)
+        assert_same(gradients(found, (logits,)), gradients(expected, (logits,)))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_in_place_backward_leaves_the_logits(path: str, device: torch.device) -> None:
+    draw = Draw(device, torch.float64)
+    leaf, target = draw.normal(6, 5).requires_grad_(), draw.labels(5, 6)
+
+    def loss(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        logits = leaf * 2.0
+        return gk.cross_entropy(logits * 0.5, target, inplace_backward=True), logits
+
+    found, logits = torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf)
+    (grad,) = torch.autograd.grad(found, leaf)
+    assert torch.equal(logits, leaf * 2.0)
+    (expected,) = torch.autograd.grad(gk.cross_entropy(leaf, target), leaf)
+    assert_same(grad, expected)
+
+
+def _step(*tensors: Tensor) -> Tensor:
+    """One loss of each family from two matrices and labels: enough for one graph to depend on the batch size."""
+    logits, other, target = tensors
+    loss = gk.cross_entropy(logits, target, z_loss=0.1) + gk.nll_loss(logits, target)
+    loss = loss + gk.binary_cross_entropy_with_logits(logits, other.sigmoid())
+    return loss + gk.gaussian_kl(logits, other)
+
+
+def _batch(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    draw = Draw(device, torch.float64, seed=rows)
+    return draw.normal(rows, 5).requires_grad_(), draw.normal(rows, 5), draw.labels(5, rows)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("dynamic", "compiles"), [(True, [True, False, False]), (None, [True, True, False]), (False, [True, True, True])]
+)
+def test_batch_sizes(dynamic: bool | None, compiles: list[bool], path: str, device: torch.device) -> None:
+    """Three batch sizes take one graph if dynamic, two if torch finds that out for itself, and three if static."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=counter)
+    for rows, fresh in zip((4, 9, 17), compiles, strict=True):
+        counter.clear()
+        batch = _batch(rows, device)
+        found, expected = compiled(*batch), _step(*batch)
+        assert_same(found, expected)
+        assert_same(gradients(found, batch[:1]), gradients(expected, batch[:1]))
+        assert (counter.frame_count > 0) == fresh, f"{rows} rows: {counter.frame_count} graphs compiled"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("compiler_name", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits", "gaussian_kl"])
+def test_compiled_second_derivative_raises(loss: str, compiler_name: str, path: str, device: torch.device) -> None:
+    function, tensors = select(loss)[0].problem(device)
+    found = torch.compile(function, fullgraph=True, backend=compiler_name)(*tensors)
+    grads = torch.autograd.grad(found.sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "gaussian_kl"])
+def test_compiled_function_follows_the_backend(loss: str, device: torch.device) -> None:
+    function, tensors = select(loss)[0].problem(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for name in ("eager", "triton", "eager", "triton"):
+        with gk.testing.count_launches() as launches:
+            with gk.backend(name):
+                found = compiled(*tensors)
+            forward = launches.total()
+            found.sum().backward()
+        assert (forward > 0) == (name == "triton"), f"{name}: {launches}"
+        assert (launches.total() > forward) == (name == "triton"), f"{name}: {launches}"
+
+
+# --- torch.export ----------------------------------------------------------------------------------------------------
+
+
+def _modules(device: torch.device) -> list[Any]:
+    draw = Draw(device, torch.float32)
+    logits, target = draw.normal(4, 5), draw.labels(5, 4)
+    return [
+        pytest.param(gk.CrossEntropyLoss(softcap=5.0, label_smoothing=0.1), (logits, target), id="cross_entropy"),
+        pytest.param(gk.CrossEntropyLoss(reduction="none"), (logits, draw.probabilities(4, 5)), id="soft_targets"),
+        pytest.param(gk.CrossEntropyLoss(return_stats=True), (logits, target), id="statistics"),
+        pytest.param(gk.NLLLoss(), (torch.log_softmax(logits, 1), target), id="nll_loss"),
+        pytest.param(gk.BCEWithLogitsLoss(label_smoothing=0.1), (logits, draw.positive(4, 5)), id="bce_with_logits"),
+        pytest.param(gk.GaussianKLLoss(free_bits=0.1), (logits, draw.normal(4, 5)), id="gaussian_kl"),
+        pytest.param(gk.GaussianKLLoss(capacity=2.0), tuple(draw.normal(4, 5) for _ in range(4)), id="general_kl"),
+    ]
+
+
+@pytest.mark.parametrize(("module", "inputs"), _modules(torch.device("cpu")))
+def test_export(module: torch.nn.Module, inputs: tuple[Tensor, ...], path: str, device: torch.device) -> None:
+    inputs = tuple(t.to(device) for t in inputs)
+    expected = module(*inputs)
+    batch = {0: torch.export.Dim("batch")}
+    for shapes in (None, tuple(batch for _ in inputs)):
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+        found = program.module()(*inputs)
+        assert_same(found, expected, 1e-6)
+    doubled = tuple(torch.cat([t, t.flip(0)]) for t in inputs)
+    assert_same(program.module()(*doubled), module(*doubled), 1e-6)
+
+
+# --- function transforms ---------------------------------------------------------------------------------------------
+
+
+@examples(but=(BY_REFERENCE,))
+def test_func_grad(example: Example, path: str, device: torch.device) -> None:
+    function, tensors = example.problem(device)
+    places = tuple(range(len(tensors)))
+    values = tuple(t.detach() for t in tensors)
+    found = torch.func.grad(lambda *at: function(*at).sum(), places)(*values)
+    assert_same(found, torch.autograd.grad(function(*tensors).sum(), tensors))
+
+
+@pytest.mark.parametrize("small", ["as is", "blocks"], indirect=True)
+@examples()
+def test_func_on_the_eager_path(example: Example, small: str) -> None:
+    """jacrev, jvp, jacfwd, hessian, vmap and dual numbers against plain reverse mode."""
+    function, tensors = example.problem(torch.device("cpu"), rows=3)
+    values = tuple(t.detach() for t in tensors)
+    with gk.backend("eager"):
+        jacobian = torch.autograd.functional.jacobian(function, values)
+        places = tuple(range(len(values)))
+        assert_same(torch.func.jacrev(function, places)(*values), jacobian)
+        assert_same(torch.func.jacfwd(function, places)(*values), jacobian)
+
+        draw = Draw(torch.device("cpu"), torch.float64, seed=3)
+        directions = tuple(draw.normal(*v.shape) for v in values)
+        loss = function(*values)
+        terms = [(j * d).flatten(loss.dim()).sum(-1) for j, d in zip(jacobian, directions, strict=True)]
+        slope = torch.stack(terms).sum(0)
+        value, tangent = torch.func.jvp(function, values, directions)
+        assert_same((value, tangent), (loss, slope))
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(v, d) for v, d in zip(values, directions, strict=True)]
+            assert_same(tuple(forward_ad.unpack_dual(function(*duals))), (loss, slope))
+
+        def total(*at: Tensor) -> Tensor:
+            return function(*at).sum()
+
+        assert_same(torch.func.hessian(total, places)(*values), torch.autograd.functional.hessian(total, values))
+
+        stacked = tuple(torch.stack([v, v + d, v - d]) for v, d in zip(values, directions, strict=True))
+        each = torch.stack([function(*at) for at in zip(*stacked, strict=True)])
+        assert_same(torch.func.vmap(function)(*stacked), each)
+
+
+def _per_sample(loss: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A loss of one sample, and batches of its arguments."""
+    draw = Draw(torch.device("cpu"), torch.float64)
+    logits, other, target = draw.normal(4, 5), draw.normal(4, 5), draw.labels(5, 4)
+    match loss:
+        case "cross_entropy":
+            return lambda x, t: gk.cross_entropy(x, t, reduction="sum"), (logits, target)
+        case "cross_entropy of a batch of one":
+            return lambda x, t: gk.cross_entropy(x[None], t[None], reduction="sum", z_loss=0.1), (logits, target)
+        case "cross_entropy of soft targets":
+            return lambda x, t: gk.cross_entropy(x[None], t[None], softcap=3.0), (logits, draw.probabilities(4, 5))
+        case "nll_loss":
+            return lambda x, t: gk.nll_loss(x, t, reduction="sum"), (logits, target)
+        case "binary_cross_entropy_with_logits":
+            weight = draw.positive(5)
+            return lambda x, t: gk.binary_cross_entropy_with_logits(x, t, pos_weight=weight), (logits, other.sigmoid())
+        case "masked binary_cross_entropy_with_logits":
+            mask = other > -1.0
+            return lambda x, t, m: gk.binary_cross_entropy_with_logits(x, t, mask=m), (logits, other.sigmoid(), mask)
+    return lambda mu, logvar: gk.gaussian_kl(mu, logvar, reduction="sum", free_bits=0.05), (logits, other)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "cross_entropy",
+        "cross_entropy of a batch of one",
+        "cross_entropy of soft targets",
+        "nll_loss",
+        "binary_cross_entropy_with_logits",
+        "masked binary_cross_entropy_with_logits",
+        "gaussian_kl",
+    ],
+)
+def test_per_sample_gradients(loss: str) -> None:
+    """vmap over the batched targets, too."""
+    function, batches = _per_sample(loss)
+    with gk.backend("eager"):
+        found = torch.func.vmap(torch.func.grad(function))(*batches)
+        for row, expected in enumerate(found):
+            at = batches[0][row].clone().requires_grad_()
+            (grad,) = torch.autograd.grad(function(at, *(b[row] for b in batches[1:])), at)
+            assert_same(expected, grad)
+
+
+@pytest.mark.interpreter
+@examples(but=(BY_REFERENCE,))
+def test_kernels_refuse_vmap_and_forward_mode(example: Example, device: torch.device) -> None:
+    function, tensors = example.problem(device)
+    values = tuple(t.detach() for t in tensors)
+    with gk.backend("triton"), gk.testing.count_launches() as launches:
+        with pytest.raises(RuntimeError, match="vmap"):
+            torch.func.vmap(function)(*(torch.stack([v, v]) for v in values))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(function, values, values)
+    assert not launches
+
+
+# --- checkpointing, autocast, threads --------------------------------------------------------------------------------
+
+
+@examples(but=(BY_REFERENCE,))
+def test_checkpointing(example: Example, path: str, device: torch.device) -> None:
+    function, tensors = example.problem(device)
+    expected = gradients(function(*tensors), tensors)
+    with gk.testing.count_launches() as launches:
+        loss = checkpoint(function, *tensors, use_reentrant=False)
+        forward = launches.total()
+        found = gradients(loss, tensors)
+    assert_same(found, expected, 0.0)
+    if path == "triton":
+        assert launches.total() >= 2 * forward + 1, f"the forward was not repeated: {launches}"
+
+
+def _autocast_losses(draw: Draw) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    target, weight, prior = draw.labels(5, 6), draw.positive(5), draw.normal(6, 5)
+    return {
+        "cross_entropy": (lambda x: gk.cross_entropy(x, target), draw.normal(6, 5)),
+        "cross_entropy per row": (lambda x: gk.cross_entropy(x, target, reduction="none"), draw.normal(6, 5)),
+        "cross_entropy with weights": (lambda x: gk.cross_entropy(x, target, weight.to(x)), draw.normal(6, 5)),
+        "cross_entropy with options": (
+            lambda x: gk.cross_entropy(x, target, softcap=3.0, return_stats=True).loss,
+            draw.normal(6, 5),
+        ),
+        "nll_loss": (lambda x: gk.nll_loss(x, target, reduction="none"), draw.normal(6, 5)),
+        "binary_cross_entropy_with_logits": (
+            lambda x: gk.binary_cross_entropy_with_logits(x, (target > 2)[:, None].expand(x.shape).to(x)),
+            draw.normal(6, 5),
+        ),
+        "gaussian_kl": (lambda x: gk.gaussian_kl(x, prior.to(x)), draw.normal(6, 5)),
+    }
+
+
+@pytest.mark.parametrize("loss", list(_autocast_losses(Draw(torch.device("cpu"), torch.float32))))
+def test_autocast(loss: str, path: str, device: torch.device) -> None:
+    """bf16 logits give an fp32 loss that is as accurate as fp32 arithmetic, and a bf16 gradient."""
+    function, drawn = _autocast_losses(Draw(device, torch.float32))[loss]
+    logits = drawn.bfloat16().requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        found = function(logits)
+    assert found.dtype == torch.float32
+    (grad,) = torch.autograd.grad(found.sum(), logits)
+    assert grad.dtype == torch.bfloat16
+    wide = logits.detach().double().requires_grad_()
+    if loss in ("gaussian_kl", "cross_entropy with weights"):
+        # Their second operand is rounded to bf16 too.
+        rounded = function(logits.detach())
+        assert rounded.dtype == torch.bfloat16
+        assert_same(found.bfloat16(), rounded, 1e-2)
+        return
+    expected = function(wide)
+    assert_same(found.double(), expected.detach(), 2e-6)
+    (exact,) = torch.autograd.grad(expected.sum(), wide)
+    assert_same(grad.double(), exact, 2**-8)
+
+
+def test_autocast_takes_a_wider_class_weight(path: str, device: torch.device) -> None:
+    draw = Draw(device, torch.float32)
+    logits, target, weight = draw.normal(6, 5).bfloat16(), draw.labels(5, 6), draw.positive(5)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = gk.cross_entropy(logits, target, weight)
+    expected = torch.nn.functional.cross_entropy(logits.double(), target, weight.double())
+    assert_same(found.double(), expected, 1e-6)
+
+
+def _in_thread(work: Callable[[], Any]) -> Any:
+    """The result of ``work``, or what it raised, from a thread of its own."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits", "gaussian_kl"])
+@pytest.mark.parametrize("small", ["blocks"], indirect=True)
+@pytest.mark.parametrize(("forward", "backward"), [("eager", "triton"), ("triton", "eager")])
+def test_backward_on_another_thread_follows_the_forward(
+    loss: str, forward: str, backward: str, small: str, device: torch.device
+) -> None:
+    function, tensors = select(loss)[0].problem(device)
+
+    def run() -> Tensor:
+        with gk.backend(forward):
+            return function(*tensors)
+
+    def differentiate() -> tuple[Tensor, ...]:
+        with gk.backend(backward):
+            return gradients(found, tensors)
+
+    with gk.testing.count_launches() as launches:
+        found = _in_thread(run)
+        assert (launches.total() > 0) == (forward == "triton")
+        launches.clear()
+        grads = _in_thread(differentiate)
+        assert (launches.total() > 0) == (forward == "triton"), f"{launches}"
+    with gk.backend("eager"):
+        assert_same(grads, gradients(function(*tensors), tensors))
+
+
+def test_backend_is_thread_local() -> None:
+    """On a CPU without the interpreter, to ask for the kernels is an error, but only on the thread that asked."""
+    function, tensors = select("cross_entropy")[0].problem(torch.device("cpu"))
+    with gk.backend("triton"):
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+            function(*tensors)
+        assert _in_thread(lambda: function(*tensors)).isfinite()
+
+    def choose() -> None:
+        with gk.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+            function(*tensors)
+
+    _in_thread(choose)
+    assert function(*tensors).isfinite()
