@@ -7,9 +7,10 @@ from .functional import (
     binary_cross_entropy_with_logits,
     cross_entropy,
     gaussian_kl,
+    mse_loss,
     nll_loss,
 )
-from .nn import BCEWithLogitsLoss, CrossEntropyLoss, GaussianKLLoss, NLLLoss
+from .nn import BCEWithLogitsLoss, CrossEntropyLoss, GaussianKLLoss, MSELoss, NLLLoss
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "GaussianKLLoss",
+    "MSELoss",
     "NLLLoss",
     "__version__",
     "backend",
@@ -25,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "functional",
     "gaussian_kl",
+    "mse_loss",
     "nll_loss",
     "nn",
     "testing",

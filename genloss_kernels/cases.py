@@ -261,6 +261,7 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "nll_loss": F.nll_loss,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
+        "mse_loss": F.mse_loss,
     }[loss]
     return Case(loss, name, make, oracle, uses=frozenset(uses), **rest)
 
@@ -360,11 +361,30 @@ def _gaussian_kl() -> Iterator[Case]:
     yield _case(loss, "small batch 64 x 32", _gaussians(64, 32), BENCH, builtin=gaussian_kl_usual, dtypes=_DTYPES_32)
 
 
+def _regression(*shape: int, weighted: bool = False, **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        names = ("input", "target", "weight")[: 3 if weighted else 2]
+        tensors = {name: torch.rand(shape, generator=generator, device=device).to(dtype) for name in names}
+        return Call(tensors | options, ("input",))
+
+    return make
+
+
+def _mse_loss() -> Iterator[Case]:
+    loss = "mse_loss"
+    yield _case(loss, "elements 2**20", _regression(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _regression(2**15), DOCTOR)
+    yield _case(loss, "weighted", _regression(37, 1001, weighted=True), DOCTOR)
+    yield _case(loss, "per element", _regression(37, 53, reduction="none"), DOCTOR)
+    yield _case(loss, "elements", _flat(_regression), BENCH, dtypes=_DTYPES_32)
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_nll_loss(),
     *_binary_cross_entropy(),
     *_gaussian_kl(),
+    *_mse_loss(),
 )
 
 

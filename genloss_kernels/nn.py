@@ -10,7 +10,7 @@ from torch import Tensor
 from . import functional as F
 from .functional import CrossEntropyStats
 
-__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "GaussianKLLoss", "NLLLoss"]
+__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "GaussianKLLoss", "MSELoss", "NLLLoss"]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -142,3 +142,10 @@ class GaussianKLLoss(torch.nn.Module):
             capacity=self.capacity,
             logvar_clamp=self.logvar_clamp,
         )
+
+
+class MSELoss(torch.nn.MSELoss):
+    """:func:`genloss_kernels.mse_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(input, target, reduction=self.reduction)

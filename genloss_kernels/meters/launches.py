@@ -23,6 +23,8 @@ _OPERATORS = {
     ("gaussian_kl", "learned prior"): (0, 2),
     # The distance from the capacity, on one number a sample.
     ("gaussian_kl", "capacity"): (3, 3),
+    # The sum of the weights, and dividing by it.
+    ("mse_loss", "weighted"): (2, 1),
 }
 
 

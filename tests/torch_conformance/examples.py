@@ -148,6 +148,11 @@ def _gaussians(prior: bool, **options: Any) -> Callable[[Draw, int], Problem]:
     return make
 
 
+def _squared_error(draw: Draw, rows: int) -> Problem:
+    weight = draw.positive(rows, 5)
+    return lambda x, t: gk.mse_loss(x, t, weight=weight), (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -170,6 +175,7 @@ def _examples() -> Iterator[Example]:
     # The bounds lie away from every element, sample and log-variance that is drawn.
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
+    yield Example("weighted mean", "mse_loss", _squared_error)
 
 
 EXAMPLES = tuple(_examples())

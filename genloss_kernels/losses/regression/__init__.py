@@ -1,0 +1,1 @@
+"""Losses between predictions and real-valued targets."""
