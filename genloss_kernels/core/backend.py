@@ -20,6 +20,8 @@ DEFAULT_MULTIPROCESSORS = 132
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -100,9 +102,8 @@ def reads_values(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "meta" and debug()
 
 
-@functools.lru_cache(maxsize=1)
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 @functools.cache

@@ -24,8 +24,7 @@ def _strided_offset(base, lane, shape, magics, strides, SMALL: tl.constexpr):
     offset = lane.to(tl.int64) * 0
     carry = lane
     rest = base
-    for k in tl.static_range(len(shape) - 1):
-        dim: tl.constexpr = len(shape) - 1 - k
+    for dim in tl.static_range(len(shape) - 1, 0, -1):
         size = shape[dim]
         within = (rest % size).to(tl.int32) + carry
         if (SMALL >> dim) & 1:

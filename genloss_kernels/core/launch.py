@@ -95,6 +95,12 @@ _HEAVY_ROW_TILES = {
 # Rows shorter than this share a program: a whole program for 256 columns would leave most lanes masked.
 SHORT_ROW = 256
 
+# Rows up to this length fit in one tile in any layout, and nothing of the forward's size is saved for their backward.
+WHOLE_ROW = 128
+
+# 32 or 16 elements in a thread: tall enough tiles of whole rows for full sectors where the classes are strided.
+_WHOLE_ELEMENTS, _HEAVY_WHOLE_ELEMENTS = 4096, 2048
+
 # 8 elements in a thread, or 4 where a lane carries more than maximum and total.
 _SHORT_ELEMENTS, _HEAVY_SHORT_ELEMENTS = 1024, 512
 
@@ -123,6 +129,9 @@ def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, *, heavy: bool =
     elements = _HEAVY_SHORT_ELEMENTS if heavy else _SHORT_ELEMENTS
     if contiguous_cols:
         cols = max(16, _power_of_two(min(n_cols, SHORT_ROW)))
+    elif n_cols <= WHOLE_ROW:
+        cols = max(8, _power_of_two(n_cols))
+        elements = min(_HEAVY_WHOLE_ELEMENTS if heavy else _WHOLE_ELEMENTS, cols * _power_of_two(n_inner))
     else:
         # 128 neighbouring positions are 256 to 512 bytes of each class: whole sectors, two to four a warp.
         cols = max(8, elements // min(128, _power_of_two(n_inner)))

@@ -9,11 +9,21 @@ def row_offset(row, shape, strides):
     """Offset in elements of a row whose index counts over the dimensions of ``shape``; int64."""
     offset = tl.full((), 0, tl.int64)
     rest = row
-    for k in tl.static_range(len(shape) - 1):
-        dim: tl.constexpr = len(shape) - 1 - k
+    for dim in tl.static_range(len(shape) - 1, 0, -1):
         offset += (rest % shape[dim]) * strides[dim]
         rest = rest // shape[dim]
     return offset + rest * strides[0]
+
+
+@triton.jit
+def first_aligned(offset, head, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """Offset of a row's first aligned element, known to the compiler as a multiple of VEC."""
+    if RAGGED:
+        first = tl.multiple_of(offset + head, VEC)
+    else:
+        # Itself. A hint would be lost here, on a function's argument; arithmetic is not.
+        first = offset // VEC * VEC
+    return first
 
 
 @triton.jit
@@ -24,13 +34,9 @@ def aligned_row(offset, n_cols, VEC: tl.constexpr, RAGGED: tl.constexpr):
     """
     if RAGGED:
         head = tl.minimum((VEC - offset % VEC) % VEC, n_cols).to(tl.int32)
-        first = tl.multiple_of(offset + head, VEC)
-        body = tl.multiple_of((n_cols - head) // VEC * VEC, VEC)
     else:
         head = tl.full((), 0, tl.int32)
-        first = tl.multiple_of(offset, VEC)
-        body = tl.multiple_of(n_cols, VEC)
-    return head, first, body
+    return head, first_aligned(offset, head, VEC, RAGGED), (n_cols - head) // VEC * VEC
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def _bytes(thorough: bool) -> _Result:
     shares = workers.run("bytes", thorough=thorough)
     rows = sorted((row for share in shares for row in share["rows"]), key=lambda row: (row["loss"], row["case"]))
     table: list[Sequence[str]] = [
-        ("loss", "case", "dtype", "floor, bytes", "by elements", "by sectors", "limit", "torch operators", "launches")
+        ("loss", "case", "dtype", "floor, bytes", "by elements", "by sectors", "torch operators", "launches")
     ]
     table += [
         (
@@ -81,7 +81,6 @@ def _bytes(thorough: bool) -> _Result:
             str(row["floor"]),
             f"{row['element_ratio']:.3f}",
             f"{row['sector_ratio']:.3f}",
-            f"{row['limit']:.3f}",
             str(row["operator_bytes"]),
             " + ".join(map(str, row["launches"])),
         )

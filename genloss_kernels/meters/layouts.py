@@ -89,12 +89,20 @@ def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
             tile = tiles[0]
             name = f"tile {tile.rows} x {tile.cols}, contiguous classes"
             yield Layout(name, empty(2**14, tile.cols, dtype=dtype), 0)
-            depth = 2 if columns == launch.SHORT_ROW else 0
+            depth = {launch.SHORT_ROW: 2, launch.WHOLE_ROW: 1}.get(columns, 0)
             yield Layout(f"{name}, ragged", empty(2**14, tile.cols - 3, dtype=dtype), depth)
     # Triton takes an argument equal to 1 for a constant, so these are kernels of their own.
     yield Layout("one class", empty(_MANY, 1, dtype=dtype), 0)
     yield Layout("one short row", empty(1, 10, dtype=dtype), 0)
     yield Layout("one number", empty(1, 1, dtype=dtype), 1)
+    for columns in (2**exponent for exponent in range(3, launch.WHOLE_ROW.bit_length())):
+        tiles = _rows_tiles(columns, 2**12, contiguous=False)
+        if (tiles, False) not in seen:
+            seen.add((tiles, False))
+            name = f"tile {tiles[0].rows} x {tiles[0].cols}, strided classes"
+            yield Layout(name, empty(_MANY, columns, 2**12, dtype=dtype), 0)
+            depth = 1 if columns == launch.WHOLE_ROW else 0
+            yield Layout(f"{name}, ragged", empty(_MANY, columns - 1, 2**12 - 1, dtype=dtype), depth)
     finest = _rows_tiles(1024, 2**12, contiguous=False)
     for inner in (2**exponent for exponent in range(12, 0, -1)):
         tiles = _rows_tiles(1024, inner, contiguous=False)

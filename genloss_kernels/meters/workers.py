@@ -21,7 +21,7 @@ BYTE_DTYPES = (torch.bfloat16,)
 _MOST = 8
 
 
-_FIGURES = ("floor", "elements", "sectors", "operator_bytes", "element_ratio", "sector_ratio", "limit")
+_FIGURES = ("floor", "elements", "sectors", "operator_bytes", "element_ratio", "sector_ratio")
 
 
 def byte_rows(share: int, shares: int, *, thorough: bool) -> dict[str, Any]:

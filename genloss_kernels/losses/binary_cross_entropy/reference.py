@@ -65,13 +65,14 @@ def _fast_value(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor 
     """The loss where it is finite: NaN where an infinite logit meets a coefficient of 0."""
     dtype = _dtype(x, t, weight, pos_weight)
     x, t = x.to(dtype), t.to(dtype)
-    # softplus(x) = max(x, 0) + l and softplus(-x) = max(x, 0) - x + l, with l = log(1 + exp(-abs(x))) = -logsigmoid(abs(x)).
+    # softplus(x) = max(x, 0) + l and softplus(-x) = max(-x, 0) + l, with l = log(1 + exp(-abs(x))) = -logsigmoid(abs(x)).
     log_term = F.logsigmoid(x.abs())
     if not scalars[0] and pos_weight is None:
         result = x.clamp(min=0.0).addcmul_(x, t, value=-1.0).sub_(log_term)
         return result if weight is None else result.mul_(weight.to(dtype))
     a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
-    return (a + b).mul_(x.clamp(min=0.0) - log_term).addcmul_(b, x, value=-1.0)
+    result = (a + b).mul_(log_term).neg_().addcmul_(a, x.clamp(min=0.0))
+    return result.addcmul_(b, x.clamp(max=0.0), value=-1.0)
 
 
 def gradient(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def _class_dim(logits: Tensor) -> int:
 def _blocks(tensor: Tensor, dim: int) -> list[tuple[int | slice, ...]]:
     if dim == tensor.dim() - 1:
         return list(row_blocks(tensor.shape, BLOCK_ELEMENTS))
-    return list(row_blocks((tensor.size(0), tensor[0].numel()), BLOCK_ELEMENTS))
+    return list(row_blocks((tensor.size(0), math.prod(tensor.shape[1:])), BLOCK_ELEMENTS))
 
 
 def forward(

@@ -6,7 +6,7 @@ Both traversals share the same device functions: what happens to an element and 
 import triton
 import triton.language as tl
 
-from ...core.rows import aligned_row, edge_columns, row_offset
+from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
 from ...core.softmax import collapse, initial_state, transform, update
 from ...core.triton_math import expm1_excess, scalar
 
@@ -37,22 +37,32 @@ def _coefficients(
     return q, t, weight
 
 
+@triton.constexpr_function
+def _mass_plane(PROBABILITIES, WHOLE):
+    """Place among the saved planes of the coefficients' mass; before it, unless WHOLE, what the log-sum-exp needs."""
+    return 0 if WHOLE else (2 if PROBABILITIES else 3)
+
+
 @triton.jit
-def _take(
-    state, logits_pointers, target_pointers, weight_ptr, index, live,
-    smoothing, uniform, logit_scale, softcap, inverse_softcap,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
-    MASKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    MOMENT: tl.constexpr = PROBABILITIES or SMOOTHING
+def _logits(
+    pointers, live, logit_scale, softcap, inverse_softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Logits after scale and softcap; -inf where not live."""
     if MASKED:
-        x = tl.load(logits_pointers, mask=live, other=0.0).to(DTYPE)
-    else:
-        x = tl.load(logits_pointers).to(DTYPE)
-    y = transform(x, logit_scale, softcap, inverse_softcap, SOFTCAP)
-    if MASKED:
+        y = transform(tl.load(pointers, mask=live, other=0.0).to(DTYPE), logit_scale, softcap, inverse_softcap, SOFTCAP)
         # After the softcap, which would turn -inf into -softcap and let the padding take part.
         y = tl.where(live, y, -float("inf"))
+    else:
+        y = transform(tl.load(pointers).to(DTYPE), logit_scale, softcap, inverse_softcap, SOFTCAP)
+    return y
+
+
+@triton.jit
+def _take(
+    state, y, target_pointers, weight_ptr, index, live, smoothing, uniform,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    MOMENT: tl.constexpr = PROBABILITIES or SMOOTHING
     if MOMENT:
         q, t, _ = _coefficients(target_pointers, weight_ptr, index, live, smoothing, uniform, PROBABILITIES, MASKED, DTYPE)
     else:
@@ -62,14 +72,32 @@ def _take(
 
 
 @triton.jit
-def _finish(
-    state, row, row_live, label, label_logit_pointers, weight_ptr, row_weight_ptr,
-    loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr,
-    n_rows, n_cols, ignore_index, smoothing, logit_scale, softcap, inverse_softcap, z_loss,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
-    REDUCE: tl.constexpr, DTYPE: tl.constexpr,
+def _label_logit(
+    row_ptr, label, stride_col, n_cols, ignore_index, logit_scale, softcap, inverse_softcap,
+    PROBABILITIES: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Losses and statistics from merged row states; stores the rows' results and returns what is summed over rows."""
+    """The label's logit after scale and softcap, from memory; 0 where there is no such class."""
+    if PROBABILITIES:
+        y = tl.full((), 0.0, DTYPE)
+    else:
+        exists = (label != ignore_index) & (label >= 0) & (label < n_cols)
+        x = tl.load(row_ptr + label * stride_col, mask=exists, other=0.0).to(DTYPE)
+        y = transform(x, logit_scale, softcap, inverse_softcap, SOFTCAP)
+    return y
+
+
+@triton.jit
+def _finish(
+    state, row, row_live, label, label_y, weight_ptr, row_weight_ptr,
+    loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, REDUCE: tl.constexpr,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Losses and statistics from merged row states; stores the rows' results and returns what is summed over rows.
+
+    ``label_y`` is the label's logit. Of a WHOLE row the backward finds the log-sum-exp anew.
+    """
+    MASS: tl.constexpr = _mass_plane(PROBABILITIES, WHOLE)
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, _, target_argument = state
     n_rows = tl.cast(n_rows, tl.int64)
     log_total = tl.log(total)
@@ -78,17 +106,17 @@ def _finish(
         valid = row_live
         normalizer = tl.where(valid, 1.0, 0.0).to(DTYPE)
         loss = mass * log_total - moment
-        tl.store(saved_ptr + 2 * n_rows + row, mass, mask=row_live)
+        tl.store(saved_ptr + MASS * n_rows + row, mass, mask=row_live)
         if STATS:
             log_prob = target_moment - target_mass * log_total
             correct = argument == target_argument
-            tl.store(saved_ptr + 3 * n_rows + row, target_mass, mask=row_live)
+            tl.store(saved_ptr + (MASS + 1) * n_rows + row, target_mass, mask=row_live)
     else:
         valid = row_live & (label != ignore_index)
         inside = (label >= 0) & (label < n_cols)
-        x = tl.load(label_logit_pointers, mask=valid & inside, other=0.0).to(DTYPE)
-        log_prob = (transform(x, logit_scale, softcap, inverse_softcap, SOFTCAP) - maximum) - log_total
-        tl.store(saved_ptr + 2 * n_rows + row, log_prob, mask=row_live)
+        log_prob = (label_y - maximum) - log_total
+        if not WHOLE:
+            tl.store(saved_ptr + 2 * n_rows + row, log_prob, mask=row_live)
         # A label out of range must not pass for a loss: NaN in the saved maximum reaches the row's whole gradient too.
         maximum = tl.where(valid & (inside == 0), float("nan"), maximum)
         log_prob = tl.where(inside, log_prob, float("nan"))
@@ -101,10 +129,11 @@ def _finish(
             loss += smoothing / n_cols * (mass * log_total - moment)
             if weight_ptr is not None:
                 row_mass = (1.0 - smoothing) * normalizer + smoothing / n_cols * mass
-                tl.store(saved_ptr + 3 * n_rows + row, row_mass, mask=row_live)
+                tl.store(saved_ptr + MASS * n_rows + row, row_mass, mask=row_live)
         correct = argument.to(tl.int64) == label
-    tl.store(saved_ptr + row, maximum, mask=row_live)
-    tl.store(saved_ptr + n_rows + row, log_total, mask=row_live)
+    if not WHOLE:
+        tl.store(saved_ptr + row, maximum, mask=row_live)
+        tl.store(saved_ptr + n_rows + row, log_total, mask=row_live)
     loss += z_loss * lse * lse
     if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + row, mask=row_live, other=0.0).to(DTYPE)
@@ -187,7 +216,7 @@ def _cross_entropy_forward_rows_kernel(
         label = tl.load(target_ptr + target_offset).to(tl.int64)
         valid = label != ignore_index
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
-    target_first = tl.multiple_of(target_offset + head, VEC)
+    target_first = first_aligned(target_offset, head, VEC, RAGGED)
     if SPLIT:
         begin = tl.multiple_of(split * split_cols, VEC)
         end = tl.minimum(body, begin + split_cols)
@@ -203,36 +232,40 @@ def _cross_entropy_forward_rows_kernel(
         cols = start + lane
         places = cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col
         target_places = cols if VEC > 1 else cols.to(tl.int64) * target_stride_col
+        y = _logits(logits_ptr + first + places, lane, logit_scale, softcap, inverse_softcap, SOFTCAP, False, DTYPE)
         state = _take(
-            state, logits_ptr + first + places, target_ptr + target_first + target_places, weight_ptr, head + cols, lane,
-            smoothing, uniform, logit_scale, softcap, inverse_softcap,
-            PROBABILITIES, SMOOTHING, SOFTCAP, STATS, False, DTYPE,
+            state, y, target_ptr + target_first + target_places, weight_ptr, head + cols, lane, smoothing, uniform,
+            PROBABILITIES, SMOOTHING, STATS, False, DTYPE,
         )  # fmt: skip
     cols = full + lane
     places = cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col
     target_places = cols if VEC > 1 else cols.to(tl.int64) * target_stride_col
+    live = lane < tl.multiple_of(end - full, VEC)
+    y = _logits(logits_ptr + first + places, live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE)
     state = _take(
-        state, logits_ptr + first + places, target_ptr + target_first + target_places, weight_ptr, head + cols,
-        lane < tl.multiple_of(end - full, VEC), smoothing, uniform, logit_scale, softcap, inverse_softcap,
-        PROBABILITIES, SMOOTHING, SOFTCAP, STATS, True, DTYPE,
+        state, y, target_ptr + target_first + target_places, weight_ptr, head + cols, live, smoothing, uniform,
+        PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
     )  # fmt: skip
     if RAGGED:
         cols = edge_columns(lane, head, body)
         live = (cols < n_cols - head) & (valid & (split == 0))
+        y = _logits(logits_ptr + first + cols, live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE)
         state = _take(
-            state, logits_ptr + first + cols, target_ptr + target_first + cols, weight_ptr, head + cols, live,
-            smoothing, uniform, logit_scale, softcap, inverse_softcap,
-            PROBABILITIES, SMOOTHING, SOFTCAP, STATS, True, DTYPE,
+            state, y, target_ptr + target_first + cols, weight_ptr, head + cols, live, smoothing, uniform,
+            PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
         )  # fmt: skip
     state = collapse(state, 0, PROBABILITIES or SMOOTHING, PROBABILITIES and STATS, STATS)
     if SPLIT:
         _store_split(state, split_ptr, split_index_ptr, row, row >= 0, split, n_rows, n_splits)
     else:
+        label_y = _label_logit(
+            logits_ptr + offset, label, logits_stride_col, n_cols, ignore_index, logit_scale, softcap, inverse_softcap,
+            PROBABILITIES, SOFTCAP, DTYPE,
+        )  # fmt: skip
         loss, normalizer, n_valid, n_correct = _finish(
-            state, row, row >= 0, label, logits_ptr + offset + label * logits_stride_col, weight_ptr, row_weight_ptr,
-            loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr,
-            n_rows, n_cols, ignore_index, smoothing, logit_scale, softcap, inverse_softcap, z_loss,
-            PROBABILITIES, SMOOTHING, SOFTCAP, STATS, REDUCE, DTYPE,
+            state, row, row >= 0, label, label_y, weight_ptr, row_weight_ptr,
+            loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
+            PROBABILITIES, SMOOTHING, STATS, REDUCE, False, DTYPE,
         )  # fmt: skip
         _store_partials(partials, row, loss, normalizer, n_valid, n_correct, STATS, REDUCE)
 
@@ -279,11 +312,14 @@ def _cross_entropy_merge_kernel(
         label = row
     else:
         label = tl.load(target_ptr + row_offset(row, shape, target_strides)).to(tl.int64)
+    label_y = _label_logit(
+        logits_ptr + offset, label, logits_stride_col, n_cols, ignore_index, logit_scale, softcap, 1.0 / softcap,
+        PROBABILITIES, SOFTCAP, DTYPE,
+    )  # fmt: skip
     loss, normalizer, n_valid, n_correct = _finish(
-        state, row, row >= 0, label, logits_ptr + offset + label * logits_stride_col, weight_ptr, row_weight_ptr,
-        loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr,
-        n_rows, n_cols, ignore_index, smoothing, logit_scale, softcap, 1.0 / softcap, z_loss,
-        PROBABILITIES, SMOOTHING, SOFTCAP, STATS, REDUCE, DTYPE,
+        state, row, row >= 0, label, label_y, weight_ptr, row_weight_ptr,
+        loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
+        PROBABILITIES, SMOOTHING, STATS, REDUCE, False, DTYPE,
     )  # fmt: skip
     _store_partials(partials, row, loss, normalizer, n_valid, n_correct, STATS, REDUCE)
 
@@ -298,6 +334,20 @@ def _tile_rows(n_inner, inner_tiles, n_splits, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def _columns(n_cols, n_splits, split_cols, WHOLE: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Bounds of this program's loop, known to the compiler if WHOLE; its share of the columns, and where that ends."""
+    split = tl.program_id(0) % n_splits
+    end = tl.minimum(n_cols, (split + 1) * split_cols)
+    if WHOLE:
+        begin: tl.constexpr = 0
+        stop: tl.constexpr = BLOCK_COLS
+    else:
+        begin = split * split_cols
+        stop = end
+    return begin, stop, split, end
+
+
+@triton.jit
 def _cross_entropy_forward_tiles_kernel(
     logits_ptr, target_ptr, weight_ptr, row_weight_ptr,
     loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, partials, split_ptr, split_index_ptr,
@@ -305,7 +355,7 @@ def _cross_entropy_forward_tiles_kernel(
     logits_stride_col, target_stride_col, n_inner, inner_tiles, n_rows, n_cols, n_splits, split_cols, ignore_index,
     smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
-    SPLIT: tl.constexpr, REDUCE: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, REDUCE: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program walks the classes of neighbouring rows, so that neighbouring lanes read neighbouring addresses."""
@@ -316,8 +366,7 @@ def _cross_entropy_forward_tiles_kernel(
     inverse_softcap = 1.0 / softcap
     uniform = smoothing / n_cols
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, n_splits, BLOCK_ROWS)
-    split = tl.program_id(0) % n_splits
-    end = tl.minimum(n_cols, (split + 1) * split_cols)
+    begin, stop, split, end = _columns(n_cols, n_splits, split_cols, WHOLE, BLOCK_COLS)
     row = outer * n_inner + inner
     inner = inner.to(tl.int64)
     offset = row_offset(outer, shape, logits_strides) + inner * logits_stride_inner
@@ -327,26 +376,30 @@ def _cross_entropy_forward_tiles_kernel(
     else:
         label = tl.load(target_ptr + target_offset, mask=row_live, other=0).to(tl.int64)
     state = initial_state((BLOCK_ROWS, BLOCK_COLS), DTYPE)
-    for start in range(split * split_cols, end, BLOCK_COLS):
+    label_y = tl.zeros((BLOCK_ROWS, BLOCK_COLS), DTYPE)
+    for start in range(begin, stop, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         live = row_live[:, None] & (cols < end)[None, :]
         places = cols.to(tl.int64)[None, :] * logits_stride_col
         target_places = cols.to(tl.int64)[None, :] * target_stride_col
         index = tl.broadcast_to(cols[None, :], (BLOCK_ROWS, BLOCK_COLS))
+        y = _logits(
+            logits_ptr + (offset[:, None] + places), live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE
+        )
         state = _take(
-            state, logits_ptr + (offset[:, None] + places), target_ptr + (target_offset[:, None] + target_places),
-            weight_ptr, index, live, smoothing, uniform, logit_scale, softcap, inverse_softcap,
-            PROBABILITIES, SMOOTHING, SOFTCAP, STATS, True, DTYPE,
+            state, y, target_ptr + (target_offset[:, None] + target_places), weight_ptr, index, live, smoothing, uniform,
+            PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
         )  # fmt: skip
+        if not PROBABILITIES and not SPLIT:
+            label_y = tl.where(index == label[:, None], y, label_y)
     state = collapse(state, 1, PROBABILITIES or SMOOTHING, PROBABILITIES and STATS, STATS)
     if SPLIT:
         _store_split(state, split_ptr, split_index_ptr, row, row_live, split, n_rows, n_splits)
     else:
         loss, normalizer, n_valid, n_correct = _finish(
-            state, row, row_live, label, logits_ptr + offset + label * logits_stride_col, weight_ptr, row_weight_ptr,
-            loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr,
-            n_rows, n_cols, ignore_index, smoothing, logit_scale, softcap, inverse_softcap, z_loss,
-            PROBABILITIES, SMOOTHING, SOFTCAP, STATS, REDUCE, DTYPE,
+            state, row, row_live, label, tl.sum(label_y, axis=1), weight_ptr, row_weight_ptr,
+            loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
+            PROBABILITIES, SMOOTHING, STATS, REDUCE, WHOLE, DTYPE,
         )  # fmt: skip
         _store_partials(
             partials, tl.program_id(0), tl.sum(loss, axis=0), tl.sum(normalizer, axis=0),
@@ -355,17 +408,42 @@ def _cross_entropy_forward_tiles_kernel(
 
 
 @triton.jit
-def _row_gradient(
-    row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
-    grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
-    grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
-    n_rows, n_cols, ignore_index, smoothing, z_loss, divisor,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Coefficients of one row's gradient: of q, the probabilities, the plain target and the entropy; the label's own."""
+def _saved_lse(saved_ptr, row, row_live, n_rows, PROBABILITIES: tl.constexpr):
+    """Maximum, log of the total relative to it, and the label's log-probability."""
     n_rows = tl.cast(n_rows, tl.int64)
     maximum = tl.load(saved_ptr + row, mask=row_live, other=0.0)
     log_total = tl.load(saved_ptr + n_rows + row, mask=row_live, other=0.0)
+    log_prob = maximum
+    if not PROBABILITIES:
+        log_prob = tl.load(saved_ptr + 2 * n_rows + row, mask=row_live, other=0.0)
+    return maximum, log_total, log_prob
+
+
+@triton.jit
+def _found_lse(y, index, label, valid, n_cols, PROBABILITIES: tl.constexpr):
+    """As saved by the forward, from whole rows of logits."""
+    state = update(initial_state(y.shape, y.dtype), y, y, y, index, index, False, False, False, False)
+    maximum, total, _, _, _, _, _, _, _, _ = collapse(state, 1, False, False, False)
+    log_total = tl.log(total)
+    log_prob = maximum
+    if not PROBABILITIES:
+        log_prob = (tl.sum(tl.where(index == label[:, None], y, 0.0), axis=1) - maximum) - log_total
+        maximum = tl.where(valid & ((label < 0) | (label >= n_cols)), float("nan"), maximum)
+    return maximum, log_total, log_prob
+
+
+@triton.jit
+def _row_gradient(
+    lse, row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+    grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
+    grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
+    n_rows, n_cols, ignore_index, smoothing, z_loss, divisor,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Coefficients of one row's gradient: of q, the probabilities, the plain target and the entropy; the label's own."""
+    MASS: tl.constexpr = _mass_plane(PROBABILITIES, WHOLE)
+    n_rows = tl.cast(n_rows, tl.int64)
+    maximum, log_total, log_prob = lse
     zero = tl.zeros_like(maximum)
     valid = row_live
     if not PROBABILITIES:
@@ -381,13 +459,13 @@ def _row_gradient(
         grad /= divisor
     label_weight = zero + 1.0
     if PROBABILITIES:
-        mass = tl.load(saved_ptr + 2 * n_rows + row, mask=row_live, other=0.0)
+        mass = tl.load(saved_ptr + MASS * n_rows + row, mask=row_live, other=0.0)
     else:
         if weight_ptr is not None:
             inside = (label >= 0) & (label < n_cols)
             label_weight = tl.load(weight_ptr + label, mask=valid & inside, other=0.0).to(DTYPE)
         if SMOOTHING and weight_ptr is not None:
-            mass = tl.load(saved_ptr + 3 * n_rows + row, mask=row_live, other=0.0)
+            mass = tl.load(saved_ptr + MASS * n_rows + row, mask=row_live, other=0.0)
         else:
             mass = label_weight
     of_probability = grad * (mass + 2.0 * z_loss * (maximum + log_total))
@@ -401,7 +479,7 @@ def _row_gradient(
         if grad_log_prob_ptr is not None:
             of_target += tl.load(grad_log_prob_ptr + row * grad_log_prob_stride, mask=row_live, other=0.0)
             if PROBABILITIES:
-                of_probability -= of_target * tl.load(saved_ptr + 3 * n_rows + row, mask=row_live, other=0.0)
+                of_probability -= of_target * tl.load(saved_ptr + (MASS + 1) * n_rows + row, mask=row_live, other=0.0)
             else:
                 of_probability -= of_target
                 of_label -= of_target
@@ -411,7 +489,6 @@ def _row_gradient(
     at_label = zero
     if not PROBABILITIES:
         # of_probability * p - of_label, without the cancellation at p near 1.
-        log_prob = tl.load(saved_ptr + 2 * n_rows + row, mask=row_live, other=0.0)
         complement, _ = expm1_excess(log_prob)
         at_label = of_label * complement + (of_probability - of_label) * tl.exp(log_prob)
     return valid, maximum, log_total, grad, of_probability, at_label, of_target, of_entropy, entropy
@@ -419,18 +496,13 @@ def _row_gradient(
 
 @triton.jit
 def _give(
-    logits_pointers, target_pointers, grad_pointers, grad_target_pointers, weight_ptr, index, live, label,
-    row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+    y, target_pointers, grad_pointers, grad_target_pointers, weight_ptr, index, live, label,
+    row_state, smoothing, uniform, logit_scale, inverse_softcap,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
     GRAD_LOGITS: tl.constexpr, GRAD_TARGET: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile, from its logits and its rows' coefficients."""
     valid, maximum, log_total, grad, of_probability, at_label, of_target, of_entropy, entropy = row_state
-    if MASKED:
-        x = tl.load(logits_pointers, mask=live, other=0.0).to(DTYPE)
-    else:
-        x = tl.load(logits_pointers).to(DTYPE)
-    y = transform(x, logit_scale, softcap, inverse_softcap, SOFTCAP)
     log_probability = (y - maximum) - log_total
     if PROBABILITIES or SMOOTHING:
         q, t, weight = _coefficients(
@@ -497,48 +569,57 @@ def _cross_entropy_backward_rows_kernel(
     else:
         label = tl.load(target_ptr + target_offset).to(tl.int64)
     row_state = _row_gradient(
+        _saved_lse(saved_ptr, row, row >= 0, n_rows, PROBABILITIES),
         row, row >= 0, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
         grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
         grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
         n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
-        PROBABILITIES, SMOOTHING, STATS, DTYPE,
+        PROBABILITIES, SMOOTHING, STATS, False, DTYPE,
     )  # fmt: skip
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
-    target_first = tl.multiple_of(target_offset + head, VEC)
-    grad_first = tl.multiple_of(grad_offset + head, VEC)
-    grad_target_first = tl.multiple_of(grad_target_offset + head, VEC)
+    target_first = first_aligned(target_offset, head, VEC, RAGGED)
+    grad_first = first_aligned(grad_offset, head, VEC, RAGGED)
+    grad_target_first = first_aligned(grad_target_offset, head, VEC, RAGGED)
     begin = tl.multiple_of(split * split_cols, VEC)
     end = tl.multiple_of(tl.maximum(tl.minimum(body, begin + split_cols), begin), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
     for start in range(begin, full, BLOCK):
         cols = start + lane
+        y = _logits(
+            logits_ptr + first + (cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col), lane,
+            logit_scale, softcap, inverse_softcap, SOFTCAP, False, DTYPE,
+        )  # fmt: skip
         _give(
-            logits_ptr + first + (cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col),
+            y,
             target_ptr + target_first + (cols if VEC > 1 else cols.to(tl.int64) * target_stride_col),
             grad_logits_ptr + grad_first + (cols if VEC > 1 else cols.to(tl.int64) * grad_stride_col),
             grad_target_ptr + grad_target_first + (cols if VEC > 1 else cols.to(tl.int64) * grad_target_stride_col),
-            weight_ptr, head + cols, lane, label,
-            row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+            weight_ptr, head + cols, lane, label, row_state, smoothing, uniform, logit_scale, inverse_softcap,
             PROBABILITIES, SMOOTHING, SOFTCAP, STATS, GRAD_LOGITS, GRAD_TARGET, False, DTYPE,
         )  # fmt: skip
     cols = full + lane
+    live = lane < tl.multiple_of(end - full, VEC)
+    y = _logits(
+        logits_ptr + first + (cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col), live,
+        logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE,
+    )  # fmt: skip
     _give(
-        logits_ptr + first + (cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col),
+        y,
         target_ptr + target_first + (cols if VEC > 1 else cols.to(tl.int64) * target_stride_col),
         grad_logits_ptr + grad_first + (cols if VEC > 1 else cols.to(tl.int64) * grad_stride_col),
         grad_target_ptr + grad_target_first + (cols if VEC > 1 else cols.to(tl.int64) * grad_target_stride_col),
-        weight_ptr, head + cols, lane < tl.multiple_of(end - full, VEC), label,
-        row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+        weight_ptr, head + cols, live, label, row_state, smoothing, uniform, logit_scale, inverse_softcap,
         PROBABILITIES, SMOOTHING, SOFTCAP, STATS, GRAD_LOGITS, GRAD_TARGET, True, DTYPE,
     )  # fmt: skip
     if RAGGED:
         cols = edge_columns(lane, head, body)
+        live = (cols < n_cols - head) & (split == 0)
+        y = _logits(logits_ptr + first + cols, live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE)
         _give(
-            logits_ptr + first + cols, target_ptr + target_first + cols,
-            grad_logits_ptr + grad_first + cols, grad_target_ptr + grad_target_first + cols,
-            weight_ptr, head + cols, (cols < n_cols - head) & (split == 0), label,
-            row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+            y, target_ptr + target_first + cols, grad_logits_ptr + grad_first + cols,
+            grad_target_ptr + grad_target_first + cols,
+            weight_ptr, head + cols, live, label, row_state, smoothing, uniform, logit_scale, inverse_softcap,
             PROBABILITIES, SMOOTHING, SOFTCAP, STATS, GRAD_LOGITS, GRAD_TARGET, True, DTYPE,
         )  # fmt: skip
 
@@ -554,7 +635,7 @@ def _cross_entropy_backward_tiles_kernel(
     n_inner, inner_tiles, n_rows, n_cols, n_splits, split_cols, ignore_index,
     smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64, divisor: tl.float64,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
-    GRAD_LOGITS: tl.constexpr, GRAD_TARGET: tl.constexpr, DTYPE: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr, GRAD_TARGET: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradient of neighbouring rows."""
@@ -565,8 +646,7 @@ def _cross_entropy_backward_tiles_kernel(
     inverse_softcap = 1.0 / softcap
     uniform = smoothing / n_cols
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, n_splits, BLOCK_ROWS)
-    split = tl.program_id(0) % n_splits
-    end = tl.minimum(n_cols, (split + 1) * split_cols)
+    begin, stop, _, end = _columns(n_cols, n_splits, split_cols, WHOLE, BLOCK_COLS)
     row = outer * n_inner + inner
     inner = inner.to(tl.int64)
     offset = row_offset(outer, shape, logits_strides) + inner * logits_stride_inner
@@ -577,27 +657,44 @@ def _cross_entropy_backward_tiles_kernel(
         label = row
     else:
         label = tl.load(target_ptr + target_offset, mask=row_live, other=0).to(tl.int64)
+    if WHOLE:
+        cols = tl.arange(0, BLOCK_COLS)
+        index = tl.broadcast_to(cols[None, :], (BLOCK_ROWS, BLOCK_COLS))
+        whole = _logits(
+            logits_ptr + (offset[:, None] + cols.to(tl.int64)[None, :] * logits_stride_col),
+            row_live[:, None] & (cols < n_cols)[None, :], logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE,
+        )  # fmt: skip
+        lse = _found_lse(whole, index, label, row_live & (label != ignore_index), n_cols, PROBABILITIES)
+    else:
+        lse = _saved_lse(saved_ptr, row, row_live, n_rows, PROBABILITIES)
     valid, maximum, log_total, grad, of_probability, at_label, of_target, of_entropy, entropy = _row_gradient(
-        row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+        lse, row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
         grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
         grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
         n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
-        PROBABILITIES, SMOOTHING, STATS, DTYPE,
+        PROBABILITIES, SMOOTHING, STATS, WHOLE, DTYPE,
     )  # fmt: skip
     row_state = (
         valid[:, None], maximum[:, None], log_total[:, None], grad[:, None], of_probability[:, None],
         at_label[:, None], of_target[:, None], of_entropy[:, None], entropy[:, None],
     )  # fmt: skip
-    for start in range(split * split_cols, end, BLOCK_COLS):
+    for start in range(begin, stop, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         wide = cols.to(tl.int64)[None, :]
+        live = row_live[:, None] & (cols < end)[None, :]
+        if WHOLE:
+            y = whole
+        else:
+            y = _logits(
+                logits_ptr + (offset[:, None] + wide * logits_stride_col), live,
+                logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE,
+            )  # fmt: skip
         _give(
-            logits_ptr + (offset[:, None] + wide * logits_stride_col),
+            y,
             target_ptr + (target_offset[:, None] + wide * target_stride_col),
             grad_logits_ptr + (grad_offset[:, None] + wide * grad_stride_col),
             grad_target_ptr + (grad_target_offset[:, None] + wide * grad_target_stride_col),
-            weight_ptr, tl.broadcast_to(cols[None, :], (BLOCK_ROWS, BLOCK_COLS)),
-            row_live[:, None] & (cols < end)[None, :], label[:, None],
-            row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+            weight_ptr, tl.broadcast_to(cols[None, :], (BLOCK_ROWS, BLOCK_COLS)), live, label[:, None],
+            row_state, smoothing, uniform, logit_scale, inverse_softcap,
             PROBABILITIES, SMOOTHING, SOFTCAP, STATS, GRAD_LOGITS, GRAD_TARGET, True, DTYPE,
         )  # fmt: skip

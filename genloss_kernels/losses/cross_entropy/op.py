@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.launch import launch
+from ...core.launch import WHOLE_ROW, launch
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator, kernel_dtype, launch_reduction
 from ...core.row_plan import Plan, gradient_like, incoming, plan
@@ -21,14 +21,15 @@ def _scalars(options: Options) -> tuple[float, float, float, float]:
     return options.label_smoothing, options.logit_scale, options.softcap or 1.0, options.z_loss
 
 
-def _saved_rows(target: Tensor, weight: Tensor | None, options: Options) -> int:
-    """Rows saved: maximum, log of the total; for labels the log-probability, and the coefficients' mass if it varies.
+def _saved_rows(n_cols: int, target: Tensor, weight: Tensor | None, options: Options) -> int:
+    """Rows saved: maximum, log of the total and, for labels, the log-probability, unless a tile holds the row.
 
-    For probabilities the mass of the coefficients and, for statistics, that of the plain target.
+    And the mass of the coefficients if it varies; for probabilities and statistics, that of the plain target.
     """
+    whole = n_cols <= WHOLE_ROW
     if target.is_floating_point():
-        return 4 if options.stats else 3
-    return 4 if options.label_smoothing and weight is not None else 3
+        return (0 if whole else 2) + (2 if options.stats else 1)
+    return (0 if whole else 3) + (1 if options.label_smoothing and weight is not None else 0)
 
 
 def _launch_forward(
@@ -51,7 +52,7 @@ def _launch_forward(
     loss = new(dtype=dtype) if reduce else new(*rows_shape, dtype=dtype)
     stats = [new(*rows_shape) if options.stats else new(0) for _ in range(3)]
     counts = [new(dtype=torch.int64) if options.stats else new(0, dtype=torch.int64) for _ in range(2)]
-    saved = new(_saved_rows(target, weight, options), p.n_rows)
+    saved = new(_saved_rows(p.n_cols, target, weight, options), p.n_rows)
     by_normalizer = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
     normalizer = new() if by_normalizer else new(0)
     n_partials = p.n_rows if split else p.programs
@@ -91,7 +92,8 @@ def _launch_forward(
             *pointers, outer.shape, outer.strides[0], outer.strides[1], *inner[:2], stride_col, target_stride_col,
             p.shape[-1], -(-p.shape[-1] // p.block_rows), p.n_rows, p.n_cols, p.n_splits, p.split_cols,
             options.ignore_index, *_scalars(options),
-            SPLIT=split, BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
+            SPLIT=split, WHOLE=p.n_cols <= WHOLE_ROW, BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block,
+            num_warps=p.num_warps, **flags,
         )  # fmt: skip
     if split:
         launch(
@@ -172,7 +174,7 @@ def _forward_fake(
     loss = new(*rows_shape, dtype=dtype) if reduction == Reduction.NONE else new(dtype=dtype)
     rows = [new(*rows_shape) if stats else new(0) for _ in range(3)]
     counts = [new(dtype=torch.int64) if stats else new(0, dtype=torch.int64) for _ in range(2)]
-    saved_rows = _saved_rows(target, weight, Options(label_smoothing=label_smoothing, stats=stats))
+    saved_rows = _saved_rows(logits.size(1), target, weight, Options(label_smoothing=label_smoothing, stats=stats))
     saved = new(saved_rows, n_rows) if triton else new(0)
     own = reduction == Reduction.MEAN and divisor is None and fixed_divisor is None
     return loss, *rows, *counts, saved, new() if own else new(0)
@@ -227,7 +229,7 @@ def _launch_backward(
             *pointers, p.shape[:-1] or (1,), *(s[:-1] or (0,) for s in every), *(s[-1] for s in every),
             logits_col, target_col, grad_col, grad_target_col, p.shape[-1], -(-p.shape[-1] // p.block_rows),
             p.n_rows, p.n_cols, p.n_splits, p.split_cols, options.ignore_index, *_scalars(options), fixed,
-            BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
+            WHOLE=p.n_cols <= WHOLE_ROW, BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
         )  # fmt: skip
 
 

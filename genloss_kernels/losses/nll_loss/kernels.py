@@ -52,10 +52,10 @@ def _nll_backward_kernel(
     row_live = row < n_rows
     label, valid, outside = _labels(target_ptr, row, row_live, shape, target_strides, n_cols, ignore_index)
     grad = tl.load(grad_loss_ptr + row * grad_loss_stride, mask=row_live, other=0.0).to(DTYPE)
-    if divisor_ptr is not None:
-        grad = grad / tl.load(divisor_ptr)
     if weight_ptr is not None:
         grad = grad * tl.load(weight_ptr + label, mask=valid, other=0.0).to(DTYPE)
+    if divisor_ptr is not None:
+        grad = grad / tl.load(divisor_ptr)
     offset = row_offset(row, shape, grad_strides)
     tl.store(grad_ptr + offset + label * grad_stride_col, -grad, mask=valid)
     if tl.max(outside.to(tl.int32), axis=0) > 0:
