@@ -137,19 +137,24 @@ def composite(*tensors: torch.Tensor | None) -> bool:
     return _functorch.peek_interpreter_stack() is not None or transformed(*tensors)
 
 
+def plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether values of these CPU tensors may decide what runs: no compiler, no transform, no ``device_semantics``."""
+    return not (
+        _semantics.device
+        or torch.compiler.is_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or transformed(*tensors)
+    )
+
+
 def use_triton(main: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the fused kernels run for these operands; raises where they were asked for and cannot."""
     name = _choice.name
-    if name == "eager":
+    if name == "eager" or (name == "auto" and main.device.type != "cuda"):
         return False
     floating = [t for t in (main, *others) if t is not None and t.is_floating_point()]
     if name == "auto":
-        return (
-            main.device.type == "cuda"
-            and triton_installed()
-            and all(t.dtype in KERNEL_DTYPES for t in floating)
-            and not transformed(main, *others)
-        )
+        return triton_installed() and all(t.dtype in KERNEL_DTYPES for t in floating) and not transformed(main, *others)
     if not triton_installed():
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed: pip install triton (Linux only), "

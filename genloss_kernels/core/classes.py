@@ -13,6 +13,8 @@ from .reduction import autocasting
 
 def check_index_target(name: str, input: Tensor, target: Tensor) -> None:
     """Class indices of shape (N, d1, ...) for an input (N, C, d1, ...), or () or (1,) for (C)."""
+    if input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64 and input.size(0) == target.size(0):
+        return
     if input.dim() > 1 and (target.dim() == 0 or input.size(0) != target.size(0)):
         got = target.size(0) if target.dim() else "none"
         raise ValueError(f"Expected input batch_size ({input.size(0)}) to match target batch_size ({got}).")

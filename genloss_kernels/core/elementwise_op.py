@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from . import autograd, elementwise
 from .elementwise import Operands
 from .layout import broadcast_shape, memory_order, row_blocks
-from .library import register
+from .library import register, unwatched
 from .reduction import Reduction
+from .scratch import Scratch
 
-# Elements of a block for each thread: PyTorch gives a thread no less, and with a few temporaries in fp64 it stays in a
-# core's second-level cache.
-BLOCK_ELEMENTS = 2**15
+# Elements of a block for each thread: a second-level cache in fp64, and long enough to hide the cost of calling
+# operators.
+BLOCK_ELEMENTS = 2**17
 
 Scalars = tuple[float, float, float]
 
@@ -26,8 +28,11 @@ class Formulas(NamedTuple):
 
     ``kernels`` imports and returns the device functions of value and gradient. ``reference`` is differentiable to any
     order. ``value``, ``total`` (the sum of the values, as a tensor or number) and ``gradient`` are the eager path's, on
-    blocks. ``gradient`` also takes the upstream gradient, a number or a tensor, and for each operand a tensor in the dtype
-    of arithmetic to write to, or None.
+    blocks, and take buffers to work in. ``gradient`` also takes the upstream gradient, a number or a tensor, and for each
+    operand a tensor in the dtype of arithmetic to write to, or None.
+
+    ``saves`` says by the flags how many fp32 tensors of the operands' size ``total`` can fill that ``gradient`` would
+    otherwise compute again. Both take them last, as a sequence that is empty where nothing is saved.
     """
 
     kernels: Callable[[], tuple[Any, Any]]
@@ -35,6 +40,7 @@ class Formulas(NamedTuple):
     value: Callable[..., Tensor]
     total: Callable[..., Tensor | float]
     gradient: Callable[..., None]
+    saves: Callable[[int], int] = lambda flags: 0
 
 
 _formulas: dict[str, Formulas] = {}
@@ -47,31 +53,34 @@ def register_formulas(name: str, formulas: Formulas) -> None:
 def by_reference(kernels: Callable[[], tuple[Any, Any]], reference: Callable[..., Tensor]) -> Formulas:
     """Formulas of a loss whose eager path is its reference, differentiated by autograd block by block."""
 
+    def value(*arguments: Any) -> Tensor:
+        return reference(*arguments[:-1])
+
     def total(*arguments: Any) -> Tensor:
-        return reference(*arguments).sum()
+        return value(*arguments[:-1]).sum()
 
     def gradient(*arguments: Any) -> None:
-        *tensors, scalars, flags, grad, outputs = arguments
+        *tensors, scalars, flags, _, grad, outputs, _ = arguments
         # Outputs have the broadcast shape; so must the leaves, or autograd would sum what is summed again later.
         leaves = [
             t if t is None or o is None else t.detach().expand(o.shape).requires_grad_()
             for t, o in zip(tensors, outputs, strict=True)
         ]
         with torch.enable_grad():
-            value = reference(*leaves, scalars, flags)
+            result = reference(*leaves, scalars, flags)
         pairs = [(leaf, o) for leaf, o in zip(leaves, outputs, strict=True) if o is not None]
-        grads = torch.autograd.grad(value, [leaf for leaf, _ in pairs], torch.as_tensor(grad).to(value).expand_as(value))
+        grads = torch.autograd.grad(result, [leaf for leaf, _ in pairs], torch.as_tensor(grad).to(result).expand_as(result))
         for (_, output), found in zip(pairs, grads, strict=True):
             output.copy_(found)
 
-    return Formulas(kernels, reference, reference, total, gradient)
+    return Formulas(kernels, reference, value, total, gradient)
 
 
 def _blocks(tensors: Sequence[Tensor | None], shape: torch.Size, *, by_sample: bool) -> Iterator[Sequence[Tensor | None]]:
-    """Matching blocks of broadcast tensors, in the order in which the first full-size one lies in memory."""
+    """Blocks of the tensors expanded to ``shape``, in the order in which the first full-size one lies in memory."""
     elements = BLOCK_ELEMENTS * torch.get_num_threads()
     if shape.numel() <= elements and not by_sample:
-        yield tensors
+        yield [t if t is None or t.shape == shape else t.expand(shape) for t in tensors]
         return
     full = next((t for t in tensors if t is not None and t.shape == shape), None)
     order = tuple(range(len(shape))) if full is None or by_sample else memory_order(full)
@@ -86,17 +95,19 @@ def _blocks(tensors: Sequence[Tensor | None], shape: torch.Size, *, by_sample: b
 
 
 def _eager_forward(
-    formulas: Formulas, operands: Operands, scalars: Scalars, flags: int, reduction: Reduction, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    formulas: Formulas, operands: Operands, scalars: Scalars, flags: int, reduction: Reduction, dtype: torch.dtype,
+    saved: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape, device = operands.shape, operands.tensors[0].device  # pyright: ignore[reportOptionalMemberAccess]
     acc = elementwise.arithmetic(operands.tensors)
     count = operands.mask is not None and reduction == Reduction.MEAN
-    kept = torch.zeros((), dtype=acc, device=device) if count else torch.empty(0, dtype=acc, device=device)
     nothing = torch.empty(0, dtype=acc, device=device)
+    kept = torch.zeros((), dtype=acc, device=device) if count else nothing
+    scratch = Scratch()
     if reduction == Reduction.NONE:
         out = torch.empty(shape, dtype=dtype, device=device)
         for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, out], shape, by_sample=False):
-            target.copy_(_masked(formulas.value(*tensors, scalars, flags), mask))
+            target.copy_(_masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return out, nothing
     if reduction == Reduction.SAMPLE:
         sums = torch.zeros(shape[0], dtype=acc, device=device)
@@ -105,20 +116,22 @@ def _eager_forward(
         if not shape.numel():
             return sums.to(dtype), nothing
         for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, place], shape, by_sample=True):
-            _add_sums(target, _masked(formulas.value(*tensors, scalars, flags), mask))
+            _add_sums(target, _masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return sums.to(dtype), nothing
     total = 0.0
-    for *tensors, mask in _blocks([*operands.tensors, operands.mask], shape, by_sample=False):
+    for a, b, c, d, mask, *keep in _blocks([*operands.tensors, operands.mask, *saved], shape, by_sample=False):
+        tensors = (a, b, c, d)
         if mask is None:
-            total = total + formulas.total(*tensors, scalars, flags)
+            total = total + formulas.total(*tensors, scalars, flags, scratch, keep)
         else:
-            total = total + _masked(formulas.value(*tensors, scalars, flags), mask).sum()
+            total = total + _masked(formulas.value(*tensors, scalars, flags, scratch), mask).sum()
     if count:
         kept.copy_(operands.mask.expand(shape).sum())
-    result = torch.as_tensor(total, dtype=torch.float64, device=device) / (
-        kept if count else elementwise.divisor_of(reduction, shape)
-    )
-    return result.to(dtype), kept
+    if isinstance(total, float) and not count:
+        divisor = elementwise.divisor_of(reduction, shape)
+        return torch.tensor(total / divisor if divisor else math.nan, dtype=dtype, device=device), nothing
+    total = torch.as_tensor(total, dtype=torch.float64, device=device)
+    return (total / (kept if count else elementwise.divisor_of(reduction, shape))).to(dtype), kept
 
 
 def _masked(value: Tensor, mask: Tensor | None) -> Tensor:
@@ -135,7 +148,7 @@ def _add_sums(sums: Tensor, value: Tensor) -> None:
 
 def _eager_backward(
     formulas: Formulas, operands: Operands, grad: Tensor, kept: Tensor, scalars: Scalars, flags: int,
-    reduction: Reduction, needed: Sequence[bool],
+    reduction: Reduction, needed: Sequence[bool], saved: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     shape = operands.shape
     acc = elementwise.arithmetic(operands.tensors)
@@ -153,11 +166,17 @@ def _eager_backward(
         else torch.empty(shape, dtype=acc, device=grad.device)
         for t, need in zip(operands.tensors, needed, strict=True)
     ]
+    scratch = Scratch()
     # The operands come first, so that the blocks follow their memory order.
-    every = [*operands.tensors, operands.mask, grad if upstream is None else None, *wide]
-    for a, b, c, d, mask, part, *outputs in _blocks(every, shape, by_sample=False):
-        targets = [None if o is None else o if o.dtype == acc else torch.empty_like(o, dtype=acc) for o in outputs]
-        formulas.gradient(a, b, c, d, scalars, flags, part if upstream is None else upstream, targets)
+    every = [*operands.tensors, operands.mask, grad if upstream is None else None, *wide, *saved]
+    for a, b, c, d, mask, part, *rest in _blocks(every, shape, by_sample=False):
+        outputs, kept_back = rest[:4], rest[4:]
+        targets = [
+            None if o is None else o if o.dtype == acc else scratch.take(f"gradient {k}", o.shape, acc, o.device)
+            for k, o in enumerate(outputs)
+        ]
+        upstream_part = part if upstream is None else upstream
+        formulas.gradient(a, b, c, d, scalars, flags, scratch, upstream_part, targets, kept_back)
         for output, target in zip(outputs, targets, strict=True):
             if output is None or target is None:
                 continue
@@ -250,36 +269,61 @@ class Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(
         loss: str, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, mask: Tensor | None,
-        s0: float, s1: float, s2: float, flags: int, reduction: int, dtype: torch.dtype, triton: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return elementwise_forward(loss, a, b, c, d, mask, s0, s1, s2, flags, reduction, dtype, triton)
+        s0: float, s1: float, s2: float, flags: int, reduction: int, dtype: torch.dtype, triton: bool, saves: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        if not saves:
+            return elementwise_forward(loss, a, b, c, d, mask, s0, s1, s2, flags, reduction, dtype, triton)
+        operands = Operands((a, b, c, d), None, broadcast_shape((a, b, c, d)))
+        saved = [torch.empty_like(a, dtype=torch.float32) for _ in range(saves)]
+        scalars = s0, s1, s2
+        return *_eager_forward(_formulas[loss], operands, scalars, flags, Reduction(reduction), dtype, saved), *saved
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        loss, a, b, c, d, mask, s0, s1, s2, flags, reduction, _, triton = inputs
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        loss, a, b, c, d, mask, s0, s1, s2, flags, reduction, _, triton, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a, b, c, d, mask, output[1])
+        ctx.save_for_backward(a, b, c, d, mask, *output[1:])
         ctx.loss, ctx.scalars, ctx.flags, ctx.reduction, ctx.triton = loss, (s0, s1, s2), flags, reduction, triton
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        *tensors, mask, kept = ctx.saved_tensors
+        a, b, c, d, mask, kept, *saved = ctx.saved_tensors
+        tensors = (a, b, c, d)
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         needed = [ctx.needs_input_grad[i] for i in range(1, 5)]
         if torch.is_grad_enabled():
             value = reduced(ctx.loss, tensors, mask, ctx.scalars, ctx.flags, Reduction(ctx.reduction))
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(value, wanted, grad.to(value.dtype), create_graph=True))
             result = [next(found) if need else None for need in needed]
+        elif saved:
+            operands = Operands(tensors, None, a.shape)
+            result = _eager_backward(
+                _formulas[ctx.loss], operands, grad, kept, ctx.scalars, ctx.flags, Reduction(ctx.reduction), needed, saved
+            )
         else:
             every = elementwise_backward(
                 ctx.loss, *tensors, mask, grad, kept, *ctx.scalars, ctx.flags, ctx.reduction, needed, ctx.triton
             )
             result = [g if need else None for g, need in zip(every, needed, strict=True)]
-        return None, *result, *(None,) * 8
+        return None, *result, *(None,) * 9
+
+
+def _saves(loss: str, tensors: Sequence[Tensor | None], flags: int, reduction: Reduction) -> int:
+    """How many tensors the eager forward keeps for the backward: none where the operands broadcast, or nothing is summed."""
+    first = tensors[0]
+    if first is None or reduction not in (Reduction.MEAN, Reduction.SUM, Reduction.BATCHMEAN):
+        return 0
+    count = _formulas[loss].saves(flags)
+    if not count or not torch.is_grad_enabled() or not unwatched(tensors):
+        return 0
+    given = [t for t in tensors if t is not None]
+    fits = first.device.type == "cpu" and elementwise.arithmetic(given) == torch.float32
+    alike = all(t.shape == first.shape for t in given) and any(t.requires_grad for t in given)
+    return count if fits and alike else 0
 
 
 def reduced(
@@ -317,5 +361,6 @@ def apply(
     """The loss by its operators, or ``by_reference`` under vmap and forward-mode AD, which cannot see through those."""
     if by_reference:
         return reduced(loss, tensors, mask, scalars, flags, reduction).to(dtype)
-    result, _ = autograd.apply(Elementwise, loss, *tensors, mask, *scalars, flags, int(reduction), dtype, triton)
+    saves = 0 if triton or mask is not None else _saves(loss, tensors, flags, reduction)
+    result, *_ = autograd.apply(Elementwise, loss, *tensors, mask, *scalars, flags, int(reduction), dtype, triton, saves)
     return result

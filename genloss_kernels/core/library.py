@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("genloss", "DEF")
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``genloss::<schema>`` and return its overload.
+    """Define ``genloss::<schema>``; returns a function that calls it, or the implementation where nothing watches.
 
     One implementation serves every device: whether it launches kernels or runs PyTorch operators is an argument of the
-    operator, since the backward runs on a thread that cannot see the forward's context.
+    operator, since the backward runs on a thread that cannot see the forward's context. The dispatcher costs more than a
+    small loss, and serves ``torch.compile``, modes, transforms and subclasses of tensors.
     """
-    name = schema.partition("(")[0]
+    name, _, arguments = schema.partition("(")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genloss::{name}", fake, lib=_library)
-    return getattr(torch.ops.genloss, name).default
+    operator = getattr(torch.ops.genloss, name).default
+    places = [
+        k for k, argument in enumerate(arguments.partition(")")[0].split(",")) if argument.lstrip().startswith("Tensor")
+    ]
+
+    def call(*args: Any) -> Any:
+        return implementation(*args) if unwatched([args[place] for place in places]) else operator(*args)
+
+    return call
+
+
+def unwatched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no compiler, transform, mode or subclass needs to see an operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or not all(map(_plain, tensors))
+    )
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    """Whether the tensor's memory holds its values: a lazy negation or zero is resolved by the dispatcher alone."""
+    return tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor())

@@ -124,8 +124,11 @@ def test_tiles_are_powers_of_two() -> None:
         (1000, 64, False, RowsTile(64, 16, 4)),
         (1000, 33, False, RowsTile(64, 16, 4)),
         (1000, 2, False, RowsTile(2, 512, 4)),
-        (19, 2, False, RowsTile(32, 32, 4)),
-        (3, 1, False, RowsTile(128, 8, 4)),
+        (129, 4096, False, RowsTile(128, 8, 4)),
+        (128, 4096, False, RowsTile(32, 128, 4)),
+        (21, 4096, False, RowsTile(128, 32, 4)),
+        (19, 2, False, RowsTile(2, 32, 4)),
+        (3, 1, False, RowsTile(1, 8, 4)),
     ],
 )
 def test_rows_tile(n_cols, n_inner, contiguous, tile) -> None:

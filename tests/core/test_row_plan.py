@@ -45,7 +45,7 @@ ROWS = {
     "classes in dimension 1": (_aligned(2, 300, 5, 7), (False, 16, 64, 2, 1, 304, 1, False)),
     "few positions": (_aligned(2, 300, 2), (False, 512, 2, 2, 1, 512, 1, False)),
     "strided classes": (_aligned(300, 4).t(), (False, 256, 4, 1, 1, 512, 1, False)),
-    "few strided classes": (_aligned(40, 300).t(), (False, 8, 128, 3, 1, 40, 1, False)),
+    "few strided classes": (_aligned(40, 300).t(), (False, 64, 64, 5, 1, 64, 1, False)),
 }
 
 

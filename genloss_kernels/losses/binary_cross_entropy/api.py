@@ -12,10 +12,11 @@ from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
 from .reference import NAME
 
-_torch_loss = torch.nn.functional.binary_cross_entropy_with_logits
+# What torch.nn.functional's calls, without its Python.
+_torch_loss = torch.binary_cross_entropy_with_logits
 
 # Below this many elements on a CPU the built-in's few calls cost less than ours over blocks, which save memory traffic.
-BUILTIN_BELOW = 2**21
+BUILTIN_BELOW = 2**18
 
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
@@ -84,9 +85,8 @@ def binary_cross_entropy_with_logits(
     _check(input, target, weight, pos_weight, mask, reduction, label_smoothing)
     tensors = (input, target, weight, pos_weight)
     triton = backend.use_triton(input, target, weight, pos_weight)
-    transformed = not triton and backend.composite(*tensors, mask)
-    if not triton and not transformed and mask is None and not label_smoothing and _builtin_is_best(input, target):
-        loss = _torch_loss(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    if not triton and mask is None and not label_smoothing and _builtin_is_best(input, target):
+        loss = _torch_loss(input, target, weight, pos_weight, int(_REDUCTIONS[reduction]))
         # An infinite logit may have made NaN of a term that counts for nothing.
         if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
             return loss
@@ -103,17 +103,17 @@ def binary_cross_entropy_with_logits(
         _REDUCTIONS[reduction],
         loss_dtype(dtype, input.device),
         triton=triton,
-        by_reference=transformed,
+        by_reference=not triton and backend.composite(*tensors, mask),
     )
 
 
 def _builtin_is_best(input: Tensor, target: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and input.device.type == "cpu"
+        input.device.type == "cpu"
         and input.numel() < BUILTIN_BELOW
         and input.dtype in (torch.float32, torch.float64)
         and input.dtype == target.dtype
+        and backend.plain(input, target)
     )
 
 

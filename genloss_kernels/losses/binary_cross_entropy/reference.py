@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.scratch import Scratch
 
 NAME = "binary_cross_entropy_with_logits"
 
@@ -44,35 +45,53 @@ def reference(
     return torch.where((a == 0) & (x == math.inf), 0.0, above) + torch.where((b == 0) & (x == -math.inf), 0.0, below)
 
 
-def value(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+def value(
+    x: Tensor,
+    t: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    scalars: Scalars,
+    flags: int,
+    scratch: Scratch,
+) -> Tensor:
     if x.device.type != "cpu":
         return reference(x, t, weight, pos_weight, scalars, flags)
-    result = _fast_value(x, t, weight, pos_weight, scalars)
+    result = _fast_value(x, t, weight, pos_weight, scalars, scratch)
     return result if math.isfinite(result.sum()) else reference(x, t, weight, pos_weight, scalars, flags)
 
 
 def total(
-    x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, flags: int
+    x: Tensor,
+    t: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    scalars: Scalars,
+    flags: int,
+    scratch: Scratch,
+    saved: Sequence[Tensor] = (),
 ) -> Tensor | float:
     if x.device.type == "cpu":
-        result = float(_fast_value(x, t, weight, pos_weight, scalars).sum())
+        result = float(_fast_value(x, t, weight, pos_weight, scalars, scratch).sum())
         if math.isfinite(result):
             return result
     return reference(x, t, weight, pos_weight, scalars, flags).sum()
 
 
-def _fast_value(x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars) -> Tensor:
-    """The loss where it is finite: NaN where an infinite logit meets a coefficient of 0."""
+def _fast_value(
+    x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None, scalars: Scalars, scratch: Scratch
+) -> Tensor:
+    """The loss where it is finite, in a buffer: NaN where an infinite logit meets a coefficient of 0."""
     dtype = _dtype(x, t, weight, pos_weight)
-    x, t = x.to(dtype), t.to(dtype)
-    # softplus(x) = max(x, 0) + l and softplus(-x) = max(-x, 0) + l, with l = log(1 + exp(-abs(x))) = -logsigmoid(abs(x)).
-    log_term = F.logsigmoid(x.abs())
+    x = scratch.cast("x", x, dtype)
+    result, part = (scratch.take(name, x.shape, dtype, x.device) for name in ("result", "part"))
+    # softplus(x) = max(x, 0) + l and softplus(-x) = max(-x, 0) + l, with l = log(1 + exp(-abs(x))).
+    torch.abs(x, out=result).neg_().exp_().log1p_()
     if not scalars[0] and pos_weight is None:
-        result = x.clamp(min=0.0).addcmul_(x, t, value=-1.0).sub_(log_term)
-        return result if weight is None else result.mul_(weight.to(dtype))
+        result.add_(torch.clamp(x, min=0.0, out=part).addcmul_(x, scratch.cast("t", t, dtype), value=-1.0))
+        return result if weight is None else result.mul_(weight)
     a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
-    result = (a + b).mul_(log_term).neg_().addcmul_(a, x.clamp(min=0.0))
-    return result.addcmul_(b, x.clamp(max=0.0), value=-1.0)
+    result.mul_(torch.add(a, b, out=part)).addcmul_(a, torch.clamp(x, min=0.0, out=part))
+    return result.addcmul_(b, torch.clamp(x, max=0.0, out=part), value=-1.0)
 
 
 def gradient(
@@ -82,11 +101,13 @@ def gradient(
     pos_weight: Tensor | None,
     scalars: Scalars,
     flags: int,
+    scratch: Scratch,
     grad: Tensor | float,
     outputs: Sequence[Tensor | None],
+    saved: Sequence[Tensor] = (),
 ) -> None:
     dtype = _dtype(x, t, weight, pos_weight)
-    x = x.to(dtype)
+    x = scratch.cast("x", x, dtype)
     dx, dt, _, _ = outputs
     if dx is not None:
         # a * sigmoid(x) - b * sigmoid(-x), with half the exponentials.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.layout import row_blocks
 from ...core.reduction import accumulator
+from ...core.scratch import Scratch
 from . import reference
-from .reference import Options, Rows
+from .reference import Options, Rows, Sums
 
-# 1 MiB of fp32: half of a core's second-level cache, and long enough to hide the cost of calling operators.
+# Elements of a block for each thread: 1 MiB of fp32, half of a core's second-level cache, and long enough to hide the cost
+# of calling operators.
 BLOCK_ELEMENTS = 2**18
 
 
@@ -22,41 +25,105 @@ def _class_dim(logits: Tensor) -> int:
 
 
 def _blocks(tensor: Tensor, dim: int) -> list[tuple[int | slice, ...]]:
-    if dim == tensor.dim() - 1:
-        return list(row_blocks(tensor.shape, BLOCK_ELEMENTS))
-    return list(row_blocks((tensor.size(0), math.prod(tensor.shape[1:])), BLOCK_ELEMENTS))
+    elements = BLOCK_ELEMENTS * torch.get_num_threads()
+    shape = tensor.shape if dim == tensor.dim() - 1 else (tensor.size(0), math.prod(tensor.shape[1:]))
+    return list(row_blocks(shape, elements))
 
 
-def forward(
+def _transformed(logits: Tensor, options: Options, scratch: Scratch) -> Tensor:
+    if options.logit_scale == 1.0 and options.softcap is None:
+        return scratch.cast("logits", logits, accumulator(logits.dtype))
+    return reference.transform(logits, options)
+
+
+def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options) -> Rows:
+    """Loss and statistics of each row of logits (N, C, d1, ...)."""
+    if not logits.numel():
+        return reference.rows(logits, target, weight, row_weight, options)
+    dtype = accumulator(logits.dtype)
+    dim, n_classes = _class_dim(logits), logits.size(1)
+    moved = logits.movedim(1, dim)
+    probabilities = target.is_floating_point()
+    moved_target = target.movedim(1, dim) if probabilities else target
+    weight = None if weight is None else weight.to(dtype)
+    label = None if probabilities else reference.labels(target, n_classes, options.ignore_index)[0]
+    shape = logits.select(1, 0).shape
+    scratch, results = Scratch(), None
+    for index in _blocks(moved, dim):
+        within = dim - sum(isinstance(i, int) for i in index)
+        y = _transformed(moved[index], options, scratch)
+        log_p = torch.log_softmax(y, within, out=scratch.take("log_p", y.shape, dtype, y.device))
+        part = reference.class_sums(
+            y, log_p, moved_target[index], None if label is None else label[index], weight, options, within
+        )
+        if results is None:
+            results = Sums(*(None if p is None else p.new_empty(shape) for p in part))
+        for result, value in zip(results, part, strict=True):
+            if result is not None and value is not None:
+                result[index] = value
+    assert results is not None
+    return reference.combine(results, moved_target, weight, row_weight, options, dim, n_classes)
+
+
+class _RowGradients(NamedTuple):
+    """Coefficients of each row's gradient, in the shape of the rows; None where there is none."""
+
+    loss: Tensor
+    lse: Tensor | None
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    label: Tensor | None = None
+    of_label: Tensor | None = None
+    of_probability: Tensor | None = None
+    ignored: Tensor | None = None
+    outside: Tensor | None = None
+
+    def block(self, index: tuple[int | slice, ...]) -> _RowGradients:
+        return _RowGradients(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+
+
+def _row_gradients(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
+    divisor: Tensor | None,
+    grads: tuple[Tensor | None, ...],
     options: Options,
-) -> Rows:
-    """Loss and statistics of each row of logits (N, C, d1, ...)."""
-    dim = _class_dim(logits)
-    moved = logits.movedim(1, dim)
-    moved_target = target.movedim(1, dim) if target.is_floating_point() else target
-    shape = logits.select(1, 0).shape
+) -> _RowGradients:
     dtype = accumulator(logits.dtype)
-    results = Rows(
-        *(torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(5)),
-        *(torch.empty(shape, dtype=torch.bool, device=logits.device) for _ in range(2)),
+    shape = logits.select(1, 0).shape
+    grad_loss, *grad_statistics = grads
+    grad = torch.zeros((), dtype=dtype, device=logits.device) if grad_loss is None else grad_loss.to(dtype)
+    if divisor is not None:
+        grad = grad / divisor.to(dtype)
+    elif options.divisor is not None:
+        grad = grad / options.divisor
+    grad = grad.expand(shape)
+    if row_weight is not None:
+        grad = grad * row_weight.to(dtype)
+    rows = _RowGradients(grad, *(None if g is None else g.expand(shape) for g in grad_statistics))
+    if target.is_floating_point():
+        return rows
+    n_classes, smoothing = logits.size(1), options.label_smoothing
+    label, valid, outside = reference.labels(target, n_classes, options.ignore_index)
+    of_label = of_probability = grad if weight is None else grad * weight[label]
+    if smoothing:
+        of_label = of_label * (1.0 - smoothing)
+        mass = 1.0 if weight is None else weight.sum() / n_classes
+        of_probability = of_label + grad * (smoothing * mass)
+    if rows.lse is not None:
+        of_probability = of_probability + rows.lse
+    if rows.log_prob is not None:
+        of_probability, of_label = of_probability - rows.log_prob, of_label - rows.log_prob
+    anywhere = logits.device.type != "cpu"
+    return rows._replace(
+        label=label,
+        of_label=of_label,
+        of_probability=of_probability,
+        ignored=~valid if anywhere or not valid.all() else None,
+        outside=outside if anywhere or outside.any() else None,
     )
-    for index in _blocks(moved, dim):
-        within = dim - sum(isinstance(i, int) for i in index)
-        block = reference.rows(
-            moved[index],
-            moved_target[index],
-            weight,
-            None if row_weight is None else row_weight[index],
-            options,
-            within,
-        )
-        for result, part in zip(results, block, strict=True):
-            result[index] = part
-    return results
 
 
 def backward(
@@ -71,102 +138,73 @@ def backward(
     options: Options,
 ) -> None:
     """Write the gradients of logits and target, block by block, from those of loss, lse, log-probability and entropy."""
-    grad_loss, *grad_statistics = grads
-    dtype = accumulator(logits.dtype)
-    shape = logits.select(1, 0).shape
-    grad = torch.zeros((), dtype=dtype, device=logits.device) if grad_loss is None else grad_loss.to(dtype)
-    if divisor is not None:
-        grad = grad / divisor.to(dtype)
-    elif options.divisor is not None:
-        grad = grad / options.divisor
-    grad = grad.expand(shape)
-    if row_weight is not None:
-        grad = grad * row_weight.to(dtype)
-    weight = None if weight is None else weight.to(dtype)
+    weight = None if weight is None else weight.to(accumulator(logits.dtype))
+    rows = _row_gradients(logits, target, weight, row_weight, divisor, grads, options)
     dim = _class_dim(logits)
-    probabilities = target.is_floating_point()
     moved = logits.movedim(1, dim)
-    moved_target = target.movedim(1, dim) if probabilities else target
+    moved_target = target.movedim(1, dim) if target.is_floating_point() else target
     moved_grad = None if grad_logits is None else grad_logits.movedim(1, dim)
     moved_grad_target = None if grad_target is None else grad_target.movedim(1, dim)
+    scratch = Scratch()
     for index in _blocks(moved, dim):
         within = dim - sum(isinstance(i, int) for i in index)
-        _backward_block(
-            moved[index],
-            moved_target[index],
-            weight,
-            grad[index],
-            [None if g is None else g.expand(shape)[index] for g in grad_statistics],
-            None if moved_grad is None else moved_grad[index],
-            None if moved_grad_target is None else moved_grad_target[index],
-            options,
-            within,
-        )
+        y = _transformed(moved[index], options, scratch)
+        part = rows.block(index)
+        if moved_grad_target is not None:
+            _write_grad_target(y, weight, part, moved_grad_target[index], options, within)
+        if moved_grad is not None:
+            _write_grad_logits(y, moved_target[index], weight, part, moved_grad[index], options, within, scratch)
 
 
-def _backward_block(
-    logits: Tensor,
+def _write_grad_target(
+    y: Tensor, weight: Tensor | None, rows: _RowGradients, grad_target: Tensor, options: Options, dim: int
+) -> None:
+    factor = rows.loss.unsqueeze(dim) * (options.label_smoothing - 1.0)
+    if weight is not None:
+        factor = factor * reference.along(weight, y, dim)
+    if rows.log_prob is not None:
+        factor = factor + rows.log_prob.unsqueeze(dim)
+    grad_target.copy_(torch.log_softmax(y, dim).mul_(factor))
+
+
+def _write_grad_logits(
+    y: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    grad: Tensor,
-    grad_statistics: list[Tensor | None],
-    grad_logits: Tensor | None,
-    grad_target: Tensor | None,
+    rows: _RowGradients,
+    grad_logits: Tensor,
     options: Options,
     dim: int,
+    scratch: Scratch,
 ) -> None:
-    grad_lse, grad_log_prob, grad_entropy = grad_statistics
-    probabilities = target.is_floating_point()
-    smoothing, n_classes = options.label_smoothing, logits.size(dim)
-    y = reference.transform(logits, options)
-    if grad_target is not None:
-        factor = grad.unsqueeze(dim) * (smoothing - 1.0)
-        if weight is not None:
-            factor = factor * reference.along(weight, y, dim)
-        if grad_log_prob is not None:
-            factor = factor + grad_log_prob.unsqueeze(dim)
-        grad_target.copy_(torch.log_softmax(y, dim).mul_(factor))
-    if grad_logits is None:
-        return
     in_place = grad_logits.dtype == y.dtype and grad_logits.stride(dim) == 1
-    dy = torch.softmax(y, dim, out=grad_logits) if in_place else torch.softmax(y, dim)
+    dy = torch.softmax(y, dim, out=grad_logits if in_place else scratch.take("dy", y.shape, y.dtype, y.device))
+    grad = rows.loss.unsqueeze(dim)
     surplus = None
-    if grad_entropy is not None:
+    if rows.entropy is not None:
         log_p = torch.log_softmax(y, dim).masked_fill_(dy == 0, 0.0)
         entropy = -(dy * log_p).sum(dim, keepdim=True)
-        surplus = log_p.add_(entropy).mul_(dy).mul_(grad_entropy.unsqueeze(dim))
-    of_label = of_probability = grad
-    q = valid = outside = label = None
-    if probabilities:
+        surplus = log_p.add_(entropy).mul_(dy).mul_(rows.entropy.unsqueeze(dim))
+    if rows.of_probability is None:
         q = reference.smoothed(target, weight, dim, options, y.dtype)
-        of_probability = grad * q.sum(dim)
+        of_probability = rows.loss * q.sum(dim)
+        if rows.lse is not None:
+            of_probability = of_probability + rows.lse
+        if rows.log_prob is not None:
+            of_probability = of_probability - rows.log_prob * target.sum(dim)
     else:
-        label, valid, outside = reference.labels(target, n_classes, options.ignore_index)
-        if weight is not None:
-            of_label = of_probability = grad * weight[label]
-        if smoothing:
-            of_label = of_label * (1.0 - smoothing)
-            mass = 1.0 if weight is None else weight.sum() / n_classes
-            of_probability = of_label + grad * (smoothing * mass)
+        q, of_probability = None, rows.of_probability
     if options.z_loss:
-        of_probability = of_probability + 2.0 * options.z_loss * grad * torch.logsumexp(y, dim)
-    if grad_lse is not None:
-        of_probability = of_probability + grad_lse
-    if grad_log_prob is not None:
-        if probabilities:
-            of_probability = of_probability - grad_log_prob * target.sum(dim)
-        else:
-            of_probability = of_probability - grad_log_prob
-            of_label = of_label - grad_log_prob
+        of_probability = of_probability + 2.0 * options.z_loss * rows.loss * torch.logsumexp(y, dim)
     dy.mul_(of_probability.unsqueeze(dim))
     if q is not None:
-        dy.sub_(q.mul_(grad.unsqueeze(dim)) if q is not target else q * grad.unsqueeze(dim))
-        if grad_log_prob is not None:
-            dy.add_(target * grad_log_prob.unsqueeze(dim))
-    elif label is not None and outside is not None:
-        dy.scatter_add_(dim, label.unsqueeze(dim), -of_label.unsqueeze(dim))
-        if smoothing:
-            share = grad.unsqueeze(dim) * (smoothing / n_classes)
+        dy.sub_(q.mul_(grad) if q is not target else q * grad)
+        if rows.log_prob is not None:
+            dy.add_(target * rows.log_prob.unsqueeze(dim))
+    elif rows.label is not None and rows.of_label is not None:
+        dy.scatter_add_(dim, rows.label.unsqueeze(dim), -rows.of_label.unsqueeze(dim))
+        if options.label_smoothing:
+            share = grad * (options.label_smoothing / y.size(dim))
             dy.sub_(share if weight is None else share * reference.along(weight, y, dim))
     if surplus is not None:
         dy.sub_(surplus)
@@ -174,10 +212,9 @@ def _backward_block(
         dy.mul_(1.0 - (y / options.softcap).square_())
     if options.logit_scale != 1.0:
         dy.mul_(options.logit_scale)
-    if valid is not None and outside is not None:
-        if dy.device.type != "cpu" or outside.any():
-            dy.masked_fill_(outside.unsqueeze(dim), float("nan"))
-        if dy.device.type != "cpu" or not valid.all():
-            dy.masked_fill_(~valid.unsqueeze(dim), 0.0)
+    if rows.outside is not None:
+        dy.masked_fill_(rows.outside.unsqueeze(dim), float("nan"))
+    if rows.ignored is not None:
+        dy.masked_fill_(rows.ignored.unsqueeze(dim), 0.0)
     if dy is not grad_logits:
         grad_logits.copy_(dy)

@@ -66,56 +66,87 @@ def along(weight: Tensor, like: Tensor, dim: int) -> Tensor:
     return weight.view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
-def rows(
-    logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, dim: int = 1
+class Sums(NamedTuple):
+    """What a row's loss takes from its classes; None where the options do not ask for it."""
+
+    log_prob: Tensor | None
+    spread: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+    best: Tensor | None
+
+
+def class_sums(
+    y: Tensor, log_p: Tensor, target: Tensor, index: Tensor | None, weight: Tensor | None, options: Options, dim: int
+) -> Sums:
+    """Sums over the class dimension of transformed logits ``y``, by class probabilities or, at ``index``, labels.
+
+    ``log_prob`` is that of the target; ``spread`` sums the log-probabilities with their smoothed coefficients.
+    """
+    spread = None
+    if index is None:
+        spread = (log_p * smoothed(target, weight, dim, options, log_p.dtype)).sum(dim)
+        log_prob = (log_p * target.to(log_p.dtype)).sum(dim) if options.stats else None
+    else:
+        log_prob = log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim)
+        if options.label_smoothing:
+            spread = (log_p if weight is None else log_p * along(weight, log_p, dim)).sum(dim)
+    lse = torch.logsumexp(y, dim) if options.z_loss or options.stats else None
+    if not options.stats:
+        return Sums(log_prob, spread, lse, None, None)
+    p = log_p.exp()
+    # 0 * -inf would be NaN, in the gradient too: the masked probability must not see the infinity either.
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(dim)
+    return Sums(log_prob, spread, lse, entropy, y.argmax(dim))
+
+
+def combine(
+    sums: Sums, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, dim: int, n_classes: int
 ) -> Rows:
-    """Loss and statistics of each row; ``dim`` is the class dimension, and ignored rows must be finite for a gradient."""
-    dtype = accumulator(logits.dtype)
-    weight = None if weight is None else weight.to(dtype)
-    y = transform(logits, options)
-    log_p = torch.log_softmax(y, dim)
-    smoothing, n_classes = options.label_smoothing, logits.size(dim)
-    if target.is_floating_point():
-        valid = torch.ones(log_p.select(dim, 0).shape, dtype=torch.bool, device=logits.device)
-        loss = -(log_p * smoothed(target, weight, dim, options, dtype)).sum(dim)
+    """Loss and statistics of each row from the sums over its classes."""
+    smoothing = options.label_smoothing
+    log_prob = sums.log_prob
+    if sums.spread is not None and target.is_floating_point():
+        loss = -sums.spread
+        dtype = loss.dtype
+        valid = torch.ones(loss.shape, dtype=torch.bool, device=loss.device)
         normalizer = torch.ones_like(loss)
-        log_prob = (log_p * target.to(dtype)).sum(dim) if options.stats else loss
         hit = target.argmax(dim) if options.stats else None
     else:
+        assert log_prob is not None
+        dtype = log_prob.dtype
         index, valid, outside = labels(target, n_classes, options.ignore_index)
-        log_prob = log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim)
         log_prob = log_prob * torch.where(outside, float("nan"), 1.0).to(dtype)
         normalizer = torch.ones_like(log_prob) if weight is None else weight[index]
         normalizer = torch.where(valid & ~outside, normalizer, 0.0)
         loss = -log_prob if weight is None else -log_prob * weight[index]
-        if smoothing:
-            spread = log_p if weight is None else log_p * along(weight, log_p, dim)
-            loss = loss * (1.0 - smoothing) - spread.sum(dim) * (smoothing / n_classes)
+        if sums.spread is not None:
+            loss = loss * (1.0 - smoothing) - sums.spread * (smoothing / n_classes)
         hit = target
-    lse = torch.logsumexp(y, dim) if options.z_loss or options.stats else loss
-    if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
+    if sums.lse is not None and options.z_loss:
+        loss = loss + options.z_loss * sums.lse.square()
     if row_weight is not None:
         loss = loss * row_weight.to(dtype)
         normalizer = normalizer * row_weight.to(dtype)
     loss = torch.where(valid, loss, 0.0)
     normalizer = torch.where(valid, normalizer, 0.0)
-    if not options.stats:
-        return Rows(loss, normalizer, lse, log_prob, loss, valid, valid)
-    p = log_p.exp()
-    # 0 * -inf would be NaN, in the gradient too: the masked probability must not see the infinity either.
-    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(dim)
-    correct = valid & (y.argmax(dim) == hit) & ~lse.isnan()
-    zero = torch.zeros_like(lse)
-    return Rows(
-        loss,
-        normalizer,
-        torch.where(valid, lse, zero),
-        torch.where(valid, log_prob, zero),
-        torch.where(valid, entropy, zero),
-        valid,
-        correct,
-    )
+    if sums.lse is None or sums.entropy is None or log_prob is None:
+        return Rows(loss, normalizer, loss, loss, loss, valid, valid)
+    correct = valid & (sums.best == hit) & ~sums.lse.isnan()
+    lse, log_prob, entropy = (torch.where(valid, s, 0.0) for s in (sums.lse, log_prob, sums.entropy))
+    return Rows(loss, normalizer, lse, log_prob, entropy, valid, correct)
+
+
+def rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, dim: int = 1
+) -> Rows:
+    """Loss and statistics of each row; ``dim`` is the class dimension, and ignored rows must be finite for a gradient."""
+    y = transform(logits, options)
+    weight = None if weight is None else weight.to(y.dtype)
+    n_classes = logits.size(dim)
+    index = None if target.is_floating_point() else labels(target, n_classes, options.ignore_index)[0]
+    sums = class_sums(y, torch.log_softmax(y, dim), target, index, weight, options, dim)
+    return combine(sums, target, weight, row_weight, options, dim, n_classes)
 
 
 def reduce(loss: Tensor, normalizer: Tensor, divisor: Tensor | None, options: Options) -> Tensor:
