@@ -132,8 +132,10 @@ def total(
     tiny = excess < _PLAIN_ABOVE * v.numel()
     if tiny:
         torch.expm1(v, out=growth)
-    for tensor, found in zip(saved, (growth, precision), strict=False):
-        tensor.copy_(found)
+    if saved:
+        saved[0].copy_(growth)
+        if precision is not None:
+            saved[1].copy_(precision)
     if tiny:
         excess = growth.sub_(v).sum().item()
     return (excess + square.sum().item()) * 0.5
