@@ -19,9 +19,6 @@ from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 
-# Triton's interpreter turns arrays of one element into numbers as NumPy is about to forbid.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
 
@@ -100,13 +97,14 @@ def _labelled(loss: str) -> Iterator[Row]:
         yield Row(loss, {"reduction": value}, ValueError, "is not a valid value for reduction")
     for value in (1.5, "1", None, True):
         yield Row(loss, {"ignore_index": value}, TypeError, "ignore_index must be int, not")
+    outside = "is out of bounds: target must hold class indices from 0 to 4, or ignore_index"
     for bad in (5, -1, 2**40, -(2**40)):
-        yield Row(loss, {"target": _labels(0, bad, 2, 3)}, IndexError, f"(?i)target {bad} is out of bounds")
-    yield Row(loss, {"target": _labels(0, 255, 2, 3, dtype=torch.uint8)}, IndexError, "(?i)target 255 is out of bounds")
-    yield Row(loss, {"input": _ones(5), "target": torch.tensor(5)}, IndexError, "(?i)target 5 is out of bounds")
+        yield Row(loss, {"target": _labels(0, bad, 2, 3)}, IndexError, f"Target {bad} {outside}")
+    yield Row(loss, {"target": _labels(0, 255, 2, 3, dtype=torch.uint8)}, IndexError, f"Target 255 {outside}")
+    yield Row(loss, {"input": _ones(5), "target": torch.tensor(5)}, IndexError, f"Target 5 {outside}")
     spatial = {"input": _ones(2, 5, 3), "target": torch.tensor([[0, 1, 2], [3, 4, 5]])}
-    yield Row(loss, spatial, IndexError, "(?i)target 5 is out of bounds")
-    yield Row(loss, {"target": _labels(0, -100, 2, 3), "ignore_index": 2}, IndexError, "(?i)target -100 is out of bounds")
+    yield Row(loss, spatial, IndexError, f"Target 5 {outside}")
+    yield Row(loss, {"target": _labels(0, -100, 2, 3), "ignore_index": 2}, IndexError, f"Target -100 {outside}")
     # A call on tensors of two devices fails in torch's own ways.
     for name, value in (("target", _labels(0, 1, 2, 3)), ("weight", _ones(5))):
         yield Row(loss, {name: value.to("meta")}, RuntimeError, f"{name} must be on the input's device", torchs=False)

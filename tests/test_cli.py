@@ -159,8 +159,6 @@ def test_doctor_fails_where_no_kernel_was_launched(one_case: Case) -> None:
     assert finding.problem == "RuntimeError: no kernel was launched in the forward"
 
 
-# Triton's interpreter turns arrays of one element into numbers as NumPy is about to forbid.
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 @pytest.mark.interpreter
 def test_doctor_launches_kernels(one_case: Case, device: torch.device) -> None:
     with gk.backend("triton"):

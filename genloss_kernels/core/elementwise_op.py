@@ -62,7 +62,7 @@ def by_reference(kernels: Callable[[], tuple[Any, Any]], reference: Callable[...
     def gradient(*arguments: Any) -> None:
         *tensors, scalars, flags, _, grad, outputs, _ = arguments
         # Outputs have the broadcast shape; so must the leaves, or autograd would sum what is summed again later.
-        leaves = [
+        leaves: list[Any] = [
             t if t is None or o is None else t.detach().expand(o.shape).requires_grad_()
             for t, o in zip(tensors, outputs, strict=True)
         ]
@@ -107,6 +107,7 @@ def _eager_forward(
     if reduction == Reduction.NONE:
         out = torch.empty(shape, dtype=dtype, device=device)
         for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, out], shape, by_sample=False):
+            assert target is not None
             target.copy_(_masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return out, nothing
     if reduction == Reduction.SAMPLE:
@@ -116,6 +117,7 @@ def _eager_forward(
         if not shape.numel():
             return sums.to(dtype), nothing
         for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, place], shape, by_sample=True):
+            assert target is not None
             _add_sums(target, _masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return sums.to(dtype), nothing
     total = 0.0
@@ -125,7 +127,7 @@ def _eager_forward(
             total = total + formulas.total(*tensors, scalars, flags, scratch, keep)
         else:
             total = total + _masked(formulas.value(*tensors, scalars, flags, scratch), mask).sum()
-    if count:
+    if operands.mask is not None and count:
         kept.copy_(operands.mask.expand(shape).sum())
     if isinstance(total, float) and not count:
         divisor = elementwise.divisor_of(reduction, shape)

@@ -293,6 +293,11 @@ def test_known_failure_small_losses(path: str, weighted: bool) -> None:
     check(bce, _oracle, {"input": -x, **arguments, "target": torch.zeros(600)})
 
 
+def test_weights_of_integers(path: str) -> None:
+    given = _arguments(aligned(5, 7), weight=torch.arange(7), pos_weight=torch.tensor([3]))
+    check(bce, _oracle, given)
+
+
 def test_large_logits(path: str) -> None:
     x = torch.cat([torch.linspace(-1e4, 1e4, 301), torch.tensor([3e38, -3e38, 0.0, -0.0, 1e-38, 1e-45])])
     for target in (torch.rand(307), torch.zeros(307), torch.ones(307)):

@@ -801,14 +801,31 @@ def test_gradient_in_place_is_ignored_by_the_eager_path() -> None:
     assert torch.equal(logits, leaf * 1.0)
 
 
-def test_gradients_of_row_weight_and_divisor() -> None:
-    """These come from the reference, whichever path runs the loss without them."""
+@pytest.mark.parametrize("kind", [_indices, _probabilities])
+def test_gradients_of_row_weight_and_divisor(path: str, kind: Any) -> None:
     logits = aligned(4, 20)
-    for kind in (_indices, _probabilities):
-        arguments = kind(logits, row_weight=torch.rand(4) + 0.5, divisor=torch.tensor(2.5), z_loss=0.1)
-        check(gk.cross_entropy, cross_entropy_oracle, arguments, ("input", "row_weight", "divisor"))
-    arguments = _probabilities(logits, weight=torch.rand(20) + 0.5, label_smoothing=0.1)
+    for reduction, divisor in (("mean", torch.tensor(2.5)), ("mean", None), ("sum", None), ("none", None)):
+        given = kind(logits, row_weight=torch.rand(4) + 0.5, divisor=divisor, z_loss=0.1, reduction=reduction)
+        if kind is _indices:
+            given |= {"weight": torch.rand(20) + 0.5, "ignore_index": int(given["target"][1])}
+        learning = ("input", "row_weight") + (() if divisor is None else ("divisor",))
+        check(gk.cross_entropy, cross_entropy_oracle, given, learning)
+    stats = gk.cross_entropy(logits, torch.zeros(4).long(), row_weight=torch.ones(4, requires_grad=True), return_stats=True)
+    assert stats.n_valid == 4
+    assert stats.lse.shape == (4,)
+
+
+def test_gradient_of_class_weight() -> None:
+    """As torch has it for probabilities; there is no kernel, so that ``auto`` runs the reference."""
+    arguments = _probabilities(aligned(4, 20), weight=torch.rand(20) + 0.5, label_smoothing=0.1)
     check(gk.cross_entropy, F.cross_entropy, arguments, ("input", "weight", "target"))
+
+
+@pytest.mark.interpreter
+def test_gradient_of_class_weight_is_refused_where_kernels_are_asked_for() -> None:
+    arguments = _probabilities(aligned(4, 20), weight=torch.rand(20, requires_grad=True))
+    with gk.backend("triton"), pytest.raises(RuntimeError, match="no kernel for the gradient of weight"):
+        gk.cross_entropy(**arguments)
 
 
 @pytest.fixture

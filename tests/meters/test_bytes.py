@@ -22,8 +22,6 @@ from genloss_kernels.meters.workers import BYTE_DTYPES
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not INTERPRETED, reason="loads and stores are counted by Triton's interpreter"),
-    # The interpreter turns arrays of one element into numbers as NumPy is about to forbid.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
 
 CPU = torch.device("cpu")

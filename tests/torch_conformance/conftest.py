@@ -9,11 +9,6 @@ from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 from genloss_kernels.losses.gaussian_kl import api as gaussian_kl_api
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Triton's interpreter turns arrays of one element into numbers as NumPy is about to forbid.
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
-
 @pytest.fixture
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """``"blocks"``: no input is small enough for torch's own operators; ``"as is"``: those below the limits go to them."""

@@ -83,6 +83,8 @@ def binary_cross_entropy_with_logits(
     """
     reduction = parse_reduction(reduction, size_average, reduce)
     _check(input, target, weight, pos_weight, mask, reduction, label_smoothing)
+    # Torch takes weights of integers.
+    weight, pos_weight = (w if w is None or w.is_floating_point() else w.to(input.dtype) for w in (weight, pos_weight))
     tensors = (input, target, weight, pos_weight)
     triton = backend.use_triton(input, target, weight, pos_weight)
     if not triton and mask is None and not label_smoothing and _builtin_is_best(input, target):
@@ -129,7 +131,9 @@ def _check(input: Any, target: Any, weight: Any, pos_weight: Any, mask: Any, red
     checks.same_device("target", target, input)
     for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
         if tensor is not None:
-            checks.floating(name, tensor)
+            checks.tensor(name, tensor)
+            if tensor.is_complex():
+                checks.floating(name, tensor)
             checks.same_device(name, tensor, input)
             checks.broadcastable(name, tensor, input.shape)
             checks.no_gradient(name, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...core import autograd, backend, checks
 from ...core.classes import check_class_weight, check_index_target
-from ...core.reduction import Reduction, loss_dtype, parse_reduction
+from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
 from . import reference
 from .op import CrossEntropy
 from .reference import Options
@@ -166,12 +167,20 @@ def cross_entropy(
     dtype = loss_dtype(
         torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype, input.device
     )
-    differentiable_side = (
-        any(t is not None and t.requires_grad for t in (row_weight, tensor_divisor, weight)) and torch.is_grad_enabled()
-    )
-    if differentiable_side or (not triton and backend.composite(input, target, weight, row_weight, tensor_divisor)):
+    grad = torch.is_grad_enabled()
+    if grad and weight is not None and weight.requires_grad and triton:
+        if backend.current() == "triton":
+            raise RuntimeError("backend 'triton' has no kernel for the gradient of weight: use backend 'auto' or 'eager'")
+        triton = False
+    weights_learn = grad and any(t is not None and t.requires_grad for t in (row_weight, tensor_divisor))
+    class_weight_learns = grad and weight is not None and weight.requires_grad
+    if not triton and (
+        weights_learn or class_weight_learns or backend.composite(input, target, weight, row_weight, tensor_divisor)
+    ):
         return _by_reference(input, target, weight, row_weight, tensor_divisor, options, dtype, single)
-    loss, lse, log_prob, entropy, n_valid, n_correct, _, _ = autograd.apply(
+    if weights_learn:
+        return _weighted_rows(input, target, weight, row_weight, tensor_divisor, options, dtype, single, in_place)
+    loss, *stats, _, _ = autograd.apply(
         CrossEntropy,
         input,
         target,
@@ -183,10 +192,36 @@ def cross_entropy(
         triton,
         in_place,
     )
-    if single and reduction == "none":
+    return _result(loss, stats, options, single)
+
+
+def _weighted_rows(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    divisor: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    single: bool,
+    in_place: bool,
+) -> Tensor | CrossEntropyStats:
+    """The kernels' loss of each row, weighted and reduced by operators through which the weights and the divisor learn."""
+    rows = options._replace(reduction=Reduction.NONE, divisor=None)
+    acc = accumulator(input.dtype)
+    loss, *stats, _, _ = autograd.apply(CrossEntropy, input, target, weight, None, None, *rows, acc, True, in_place)
+    class_weight = None if weight is None else weight.to(acc)
+    loss, normalizer, _ = reference.weighted(loss, target, class_weight, row_weight, options, input.size(1))
+    return _result(reference.reduce(loss, normalizer, divisor, options).to(dtype), stats, options, single)
+
+
+def _result(loss: Tensor, stats: Sequence[Tensor], options: Options, single: bool) -> Tensor | CrossEntropyStats:
+    """What the caller gets: ``stats`` are log-sum-exp, log-probability, entropy and the two counts."""
+    if single and options.reduction == Reduction.NONE:
         loss = loss.squeeze(0)
-    if not return_stats:
+    if not options.stats:
         return loss
+    lse, log_prob, entropy, n_valid, n_correct = stats
     if single:
         lse, log_prob, entropy = lse.squeeze(0), log_prob.squeeze(0), entropy.squeeze(0)
     return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
@@ -204,15 +239,8 @@ def _by_reference(
 ) -> Tensor | CrossEntropyStats:
     """What the operators cannot do: vmap, forward mode, and gradients of the weights and the divisor."""
     loss, rows = reference.cross_entropy(input, target, weight, row_weight, divisor, options)
-    loss = loss.to(dtype)
-    if single and options.reduction == Reduction.NONE:
-        loss = loss.squeeze(0)
-    if not options.stats:
-        return loss
-    lse, log_prob, entropy = rows.lse, rows.log_prob, rows.entropy
-    if single:
-        lse, log_prob, entropy = lse.squeeze(0), log_prob.squeeze(0), entropy.squeeze(0)
-    return CrossEntropyStats(loss, lse, log_prob, entropy, rows.valid.sum(), rows.correct.sum())
+    stats = (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
+    return _result(loss.to(dtype), stats, options, single)
 
 
 # With fewer classes than this, or classes that are not contiguous, gathering and scattering rows costs more than it saves.
@@ -235,7 +263,12 @@ def _builtin(
         ignored = target == ignore_index
         if ignored.any():
             input = input.masked_fill(ignored if input.dim() == 1 else ignored.unsqueeze(1), 0.0)
-    return _torch_cross_entropy(input, target, weight, int(_REDUCTIONS[reduction]), ignore_index, label_smoothing)
+    try:
+        return _torch_cross_entropy(input, target, weight, int(_REDUCTIONS[reduction]), ignore_index, label_smoothing)
+    except IndexError:
+        # Torch's message says what it got; ours, what is accepted as well.
+        checks.class_indices(target, input.size(min(1, input.dim() - 1)), ignore_index)
+        raise
 
 
 def _check(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: str, label_smoothing: Any) -> None:

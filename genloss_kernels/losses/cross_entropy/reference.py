@@ -100,6 +100,20 @@ def class_sums(
     return Sums(log_prob, spread, lse, entropy, y.argmax(dim))
 
 
+def weighted(
+    loss: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, n_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses times the row weights, what their mean divides by, row by row, and which rows count."""
+    normalizer, valid = torch.ones_like(loss), torch.ones_like(loss, dtype=torch.bool)
+    if not target.is_floating_point():
+        index, valid, outside = labels(target, n_classes, options.ignore_index)
+        normalizer = torch.where(valid & ~outside, normalizer if weight is None else weight[index], 0.0)
+    if row_weight is not None:
+        row_weight = row_weight.to(loss.dtype)
+        loss, normalizer = loss * row_weight, normalizer * row_weight
+    return torch.where(valid, loss, 0.0), torch.where(valid, normalizer, 0.0), valid
+
+
 def combine(
     sums: Sums, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, dim: int, n_classes: int
 ) -> Rows:
@@ -108,28 +122,18 @@ def combine(
     log_prob = sums.log_prob
     if sums.spread is not None and target.is_floating_point():
         loss = -sums.spread
-        dtype = loss.dtype
-        valid = torch.ones(loss.shape, dtype=torch.bool, device=loss.device)
-        normalizer = torch.ones_like(loss)
         hit = target.argmax(dim) if options.stats else None
     else:
         assert log_prob is not None
-        dtype = log_prob.dtype
-        index, valid, outside = labels(target, n_classes, options.ignore_index)
-        log_prob = log_prob * torch.where(outside, float("nan"), 1.0).to(dtype)
-        normalizer = torch.ones_like(log_prob) if weight is None else weight[index]
-        normalizer = torch.where(valid & ~outside, normalizer, 0.0)
+        index, _, outside = labels(target, n_classes, options.ignore_index)
+        log_prob = log_prob * torch.where(outside, float("nan"), 1.0).to(log_prob.dtype)
         loss = -log_prob if weight is None else -log_prob * weight[index]
         if sums.spread is not None:
             loss = loss * (1.0 - smoothing) - sums.spread * (smoothing / n_classes)
         hit = target
     if sums.lse is not None and options.z_loss:
         loss = loss + options.z_loss * sums.lse.square()
-    if row_weight is not None:
-        loss = loss * row_weight.to(dtype)
-        normalizer = normalizer * row_weight.to(dtype)
-    loss = torch.where(valid, loss, 0.0)
-    normalizer = torch.where(valid, normalizer, 0.0)
+    loss, normalizer, valid = weighted(loss, target, weight, row_weight, options, n_classes)
     if sums.lse is None or sums.entropy is None or log_prob is None:
         return Rows(loss, normalizer, loss, loss, loss, valid, valid)
     correct = valid & (sums.best == hit) & ~sums.lse.isnan()

@@ -71,7 +71,12 @@ def nll_loss(
     if not triton and checked and input.dtype in (torch.float32, torch.float64):
         # The built-in checks the labels itself; its backward wants spatial inputs contiguous.
         input = input.contiguous() if input.dim() > 2 else input
-        return reference.torch_nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
+        try:
+            return reference.torch_nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
+        except IndexError:
+            # Torch's message says what it got; ours, what is accepted as well.
+            checks.class_indices(target, input.size(min(1, input.dim() - 1)), ignore_index)
+            raise
     single = input.dim() == 1
     checks.class_indices(target, input.size(0) if single else input.size(1), ignore_index)
     if single:
