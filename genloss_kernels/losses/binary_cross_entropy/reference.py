@@ -45,6 +45,10 @@ def reference(
     return torch.where((a == 0) & (x == math.inf), 0.0, above) + torch.where((b == 0) & (x == -math.inf), 0.0, below)
 
 
+# As torch.nn.functional.logsigmoid, with the buffer in which that keeps exp(-abs(x)).
+_log_sigmoid = torch.ops.aten.log_sigmoid_forward.output
+
+
 def value(
     x: Tensor,
     t: Tensor,
@@ -83,15 +87,16 @@ def _fast_value(
     """The loss where it is finite, in a buffer: NaN where an infinite logit meets a coefficient of 0."""
     dtype = _dtype(x, t, weight, pos_weight)
     x = scratch.cast("x", x, dtype)
-    result, part = (scratch.take(name, x.shape, dtype, x.device) for name in ("result", "part"))
-    # softplus(x) = max(x, 0) + l and softplus(-x) = max(-x, 0) + l, with l = log(1 + exp(-abs(x))).
-    torch.abs(x, out=result).neg_().exp_().log1p_()
+    result, part, minus_log = (scratch.take(name, x.shape, dtype, x.device) for name in ("result", "part", "log"))
+    # softplus(x) = max(x, 0) + l and softplus(-x) = max(-x, 0) + l, with l = log(1 + exp(-abs(x))) = -logsigmoid(abs(x)).
+    _log_sigmoid(torch.abs(x, out=part), output=minus_log, buffer=result)
+    torch.clamp(x, min=0.0, out=part)
     if not scalars[0] and pos_weight is None:
-        result.add_(torch.clamp(x, min=0.0, out=part).addcmul_(x, scratch.cast("t", t, dtype), value=-1.0))
-        return result if weight is None else result.mul_(weight)
+        part.addcmul_(x, scratch.cast("t", t, dtype), value=-1.0).sub_(minus_log)
+        return part if weight is None else part.mul_(weight)
     a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
-    result.mul_(torch.add(a, b, out=part)).addcmul_(a, torch.clamp(x, min=0.0, out=part))
-    return result.addcmul_(b, torch.clamp(x, max=0.0, out=part), value=-1.0)
+    torch.mul(a, part, out=result).addcmul_(b, torch.clamp(x, max=0.0, out=part), value=-1.0)
+    return result.addcmul_(torch.add(a, b, out=part), minus_log, value=-1.0)
 
 
 def gradient(
