@@ -46,7 +46,7 @@ def bench_section(report: dict[str, Any], folder: Path) -> str:
     path = folder.relative_to(ROOT)
     return (
         f"**{report['device']}**, {report['config']['threads']} threads, torch "
-        f"{report['environment']['torch']}; forward and backward, alternating in one process, medians, and the quotient "
+        f"{report['environment']['versions']['torch']}; forward and backward, alternating in one process, medians, and the quotient "
         f"of the times with its quartiles. Below 1.00 ours is faster. [Samples]({path}/bench.json), "
         f"[plot]({path}/bench.png).\n\n" + markdown_table(["loss", "case", "beside", "its time", "ours", "ours / its"], rows)
     )

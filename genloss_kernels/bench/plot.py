@@ -25,7 +25,8 @@ def save(report: Report, path: Path) -> None:
         lengths = [[s.median - s.low for _, s in placed], [s.high - s.median for _, s in placed]]
         axis.barh([at for at, _ in placed], [s.median for _, s in placed], xerr=lengths, capsize=3, label=name)
         for at, s in placed:
-            axis.annotate(f"{s.median:.2f}", (s.high, at), (5, 0), textcoords="offset points", va="center")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            axis.annotate(f"{s.median:.2f}", (s.high, at), (6, 0), textcoords="offset points", va="center", bbox=box)
     axis.set_yticks(range(len(ticks)), ticks, fontsize=8)
     axis.invert_yaxis()
     axis.axvline(1.0, color="black", linewidth=1)
