@@ -46,8 +46,9 @@ def bench_section(report: dict[str, Any], folder: Path) -> str:
     path = folder.relative_to(ROOT)
     return (
         f"**{report['device']}**, {report['config']['threads']} threads, torch "
-        f"{report['environment']['versions']['torch']}; forward and backward, alternating in one process, medians, and the quotient "
-        f"of the times with its quartiles. Below 1.00 ours is faster. [Samples]({path}/bench.json), "
+        f"{report['environment']['versions']['torch']}; forward and backward, alternating in one process, medians, and the "
+        f"quotient of the times with its quartiles. Below 1.00 ours is faster. Beside gaussian_kl stands the usual formula "
+        f"under autograd. [Samples]({path}/bench.json), "
         f"[plot]({path}/bench.png).\n\n" + markdown_table(["loss", "case", "beside", "its time", "ours", "ours / its"], rows)
     )
 
@@ -55,7 +56,7 @@ def bench_section(report: dict[str, Any], folder: Path) -> str:
 def training_section(report: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, run in report["runs"].items():
-        above = (run["peak_memory"] - run["baseline_memory"]) / 2**20
+        above = (run["peak_memory_bytes"] - run["baseline_memory_bytes"]) / 2**20
         speed = f"{report['step_time_ratios'][name]['median']:.2f}"
         rows.append([name, f"{run['tokens_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
     check = report["check"]
