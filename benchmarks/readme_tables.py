@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from genloss_kernels.bench.candidates import OURS
+from genloss_kernels.bench.results import spread
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -24,28 +27,26 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, middle, high
+def both(samples: dict[str, list[float]]) -> list[float]:
+    return [forward + backward for forward, backward in zip(samples["forward"], samples["backward"], strict=True)]
 
 
 def bench_section(report: dict[str, Any], folder: Path) -> str:
     rows = []
     for result in report["results"]:
-        samples = result["samples"]
-        if "ours" not in samples:
-            rows.append([result["loss"], result["case"], result["dtype"], "-", "-", "failed its correctness gate"])
-            continue
-        names = [name for name in samples if name != "ours"]
-        for name in names:
-            pairs = zip(samples["ours"]["both"], samples[name]["both"], strict=True)
-            low, middle, high = quartiles([ours / theirs for ours, theirs in pairs])
-            times = [f"{statistics.median(samples[n]['both']) * 1e3:.3g} ms" for n in (name, "ours")]
-            relative = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-            rows.append([result["loss"], f"{result['case']}, {result['dtype']}", name, *times, relative])
+        samples, name = result["samples"], f"{result['case']}, {result['dtype']}"
+        if OURS not in samples:
+            raise ValueError(f"{folder}: {result['loss']}, {name} failed its correctness gate: {result['problems']}")
+        ours = both(samples[OURS])
+        for other in (name for name in samples if name != OURS):
+            theirs = both(samples[other])
+            quotient = spread([a / b for a, b in zip(ours, theirs, strict=True)])
+            times = [f"{statistics.median(seconds) * 1e3:.3g} ms" for seconds in (theirs, ours)]
+            relative = f"{quotient.median:.2f} ({quotient.low:.2f} to {quotient.high:.2f})"
+            rows.append([result["loss"], name, other, *times, relative])
     path = folder.relative_to(ROOT)
     return (
-        f"**{report['device']}**, {report['config']['threads']} threads, torch "
+        f"**{report['device']}**, torch "
         f"{report['environment']['versions']['torch']}; forward and backward, alternating in one process, medians, and the "
         f"quotient of the times with its quartiles. Below 1.00 ours is faster. Beside gaussian_kl stands the usual formula "
         f"under autograd. [Samples]({path}/bench.json), "
