@@ -11,7 +11,7 @@ from torch import Tensor
 import genloss_kernels as gk
 from genloss_kernels.core import reduction as reducing
 from genloss_kernels.core.launch import Tile
-from genloss_kernels.core.reduction import accumulator, launch_reduction, loss_dtype, parse_reduction
+from genloss_kernels.core.reduction import accumulator, autocasting, launch_reduction, loss_dtype, parse_reduction
 
 CPU = torch.device("cpu")
 
@@ -19,6 +19,10 @@ CPU = torch.device("cpu")
 def test_accumulator() -> None:
     dtypes = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
     assert {dtype: accumulator(dtype) for dtype in dtypes} == dtypes
+
+
+def test_a_device_without_autocast() -> None:
+    assert not autocasting(torch.device("meta"))
 
 
 def test_loss_dtype_under_autocast() -> None:

@@ -778,6 +778,21 @@ def test_gradient_in_place(shape: tuple[int, ...], kind: Any) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("kind", [_indices, _probabilities])
+@pytest.mark.parametrize("n_cols", [301, 5003])
+def test_gradient_in_place_of_strided_classes(n_cols: int, kind: Any) -> None:
+    """Rows of their own whose gradient is strided as they are: shorter and longer than one tile."""
+    leaf = torch.randn(2, 2 * n_cols, requires_grad=True)
+    arguments = kind(leaf.detach()[:, ::2])
+    with gk.backend("triton"):
+        (wanted,) = torch.autograd.grad(gk.cross_entropy(**{**arguments, "input": (leaf * 1.0)[:, ::2]}), leaf)
+        logits = (leaf * 1.0)[:, ::2]
+        (grad,) = torch.autograd.grad(gk.cross_entropy(**{**arguments, "input": logits}, inplace_backward=True), leaf)
+    assert torch.equal(grad, wanted)
+    assert torch.equal(logits.detach(), wanted[:, ::2])
+
+
+@pytest.mark.interpreter
 def test_gradient_in_place_is_refused() -> None:
     leaf, target = aligned(3, 300).requires_grad_(), torch.tensor([1, 2, 3])
     with gk.backend("triton"):
@@ -897,3 +912,25 @@ def test_launches() -> None:
                 assert launches.total() == forward
                 loss.backward()
                 assert launches.total() == forward + 1
+
+
+def test_second_derivative_of_a_statistic_that_leaves_the_target_alone(path: str) -> None:
+    x, target = aligned(3, 300), torch.softmax(torch.randn(3, 300), 1).requires_grad_()
+
+    def second(lse: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(lse(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad[:, 0].sum(), x)[0]
+
+    def torchs(x: Tensor) -> Tensor:
+        return torch.logsumexp(x, 1)
+
+    found = second(lambda x: gk.cross_entropy(x, target, return_stats=True, reduction="none").lse, x)
+    gk.testing.assert_close(found, second(torchs, x.double()), second(torchs, x))
+
+
+def test_classes_stay_last_where_they_are_contiguous() -> None:
+    view = torch.empty(2, 5, 300).transpose(1, 2)
+    assert eager._class_dim(view) == 2
+    assert eager._class_dim(view.contiguous()) == 1
+    assert eager._class_dim(torch.empty(300, 4).t()) == 1

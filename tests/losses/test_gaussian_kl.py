@@ -417,3 +417,14 @@ def test_same_bits_every_time(path: str) -> None:
     """Partial sums are added in a fixed order."""
     arguments = _gaussians((3, 3 * BLOCK), (3, 3 * BLOCK))
     assert len({gk.gaussian_kl(**arguments).item() for _ in range(2)}) == 1
+
+
+def test_nothing_is_kept_where_nothing_learns() -> None:
+    x = torch.randn(4, 5)
+    learning = x.clone().requires_grad_()
+    kept = elementwise_op._saves
+    assert kept("gaussian_kl", (x, learning, None, None), 0, reducing.Reduction.SUM) == 1
+    assert kept("gaussian_kl", (x, learning, x, x), api.GENERAL, reducing.Reduction.MEAN) == 2
+    assert kept("gaussian_kl", (x, x, None, None), 0, reducing.Reduction.SUM) == 0
+    with torch.no_grad():
+        assert kept("gaussian_kl", (x, learning, None, None), 0, reducing.Reduction.SUM) == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import genloss_kernels as gk
 from genloss_kernels.core.launch import ELEMENTWISE_TILES
+from genloss_kernels.losses.nll_loss import reference
 
 from .comparison import DTYPES, aligned, check, check_second_derivatives, no_synchronisation, untouched
 
@@ -218,3 +219,11 @@ def test_known_failure_host_synchronisation(monkeypatch: pytest.MonkeyPatch) -> 
     with gk.backend("triton"), gk.testing.count_launches() as launches, no_synchronisation(monkeypatch):
         gk.nll_loss(**arguments).backward()
     assert launches.total() == 3
+
+
+def test_reference_of_one_class_with_a_label_out_of_range() -> None:
+    x = torch.full((3, 1), -1.0, requires_grad=True)
+    loss = reference.nll_loss(x, torch.tensor([0, 4, -100]), None, -100, "none", checked=False)
+    assert loss.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert grad.isnan().flatten().tolist() == [False, True, False]
