@@ -4,13 +4,23 @@ from . import functional, nn, testing
 from .core.backend import backend
 from .functional import (
     CrossEntropyStats,
+    LinearCrossEntropyOptions,
     binary_cross_entropy_with_logits,
     cross_entropy,
     gaussian_kl,
+    linear_cross_entropy,
     mse_loss,
     nll_loss,
 )
-from .nn import BCEWithLogitsLoss, CrossEntropyLoss, GaussianKLLoss, MSELoss, NLLLoss
+from .nn import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    FusedLMHead,
+    GaussianKLLoss,
+    LinearCrossEntropyLoss,
+    MSELoss,
+    NLLLoss,
+)
 
 __version__ = "0.1.0"
 
@@ -18,7 +28,10 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "FusedLMHead",
     "GaussianKLLoss",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "MSELoss",
     "NLLLoss",
     "__version__",
@@ -27,6 +40,7 @@ __all__ = [
     "cross_entropy",
     "functional",
     "gaussian_kl",
+    "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
     "nn",

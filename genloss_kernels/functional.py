@@ -3,14 +3,18 @@
 from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.gaussian_kl.api import gaussian_kl
+from .losses.linear_cross_entropy.api import linear_cross_entropy
+from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
 from .losses.regression.api import mse_loss
 
 __all__ = [
     "CrossEntropyStats",
+    "LinearCrossEntropyOptions",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_kl",
+    "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 import torch
@@ -10,7 +12,49 @@ from torch import Tensor
 from . import functional as F
 from .functional import CrossEntropyStats
 
-__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "GaussianKLLoss", "MSELoss", "NLLLoss"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "FusedLMHead",
+    "GaussianKLLoss",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "NLLLoss",
+]
+
+_LINEAR_OPTIONS = frozenset(inspect.signature(F.linear_cross_entropy).parameters) - {
+    "input", "linear_weight", "linear_bias", "target",
+}  # fmt: skip
+
+
+class _LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """What torch 2.13's module holds, for an older torch."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        super().__init__(weight=weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, options
+        rows = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+
+_TorchLinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -71,6 +115,133 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             return_stats=self.return_stats,
             vocab_shard=self.vocab_shard,
         )
+
+
+class LinearCrossEntropyLoss(_TorchLinearCrossEntropyLoss):
+    """:func:`genloss_kernels.linear_cross_entropy` as a module that owns the linear layer, ``self.linear``.
+
+    The arguments are torch 2.13's and that function's extra keywords. On an older torch the module is the same.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> loss = gk.LinearCrossEntropyLoss(3, 4, z_loss=1e-4)
+        >>> loss(torch.zeros(2, 3), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        return_stats: bool = False,
+        vocab_shard: Any = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
+        self.return_stats, self.vocab_shard = return_stats, vocab_shard
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor | CrossEntropyStats:
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            row_weight=row_weight,
+            divisor=divisor,
+            return_stats=self.return_stats,
+            vocab_shard=self.vocab_shard,
+        )
+
+
+class FusedLMHead(torch.nn.Linear):
+    """A language model's head: logits without a target, the loss with one, and then the logits never exist.
+
+    Args:
+        in_features: width of the hidden states.
+        out_features: size of the vocabulary.
+        bias: whether the head has one.
+        device: of the parameters.
+        dtype: of the parameters.
+        loss_options: keywords of :func:`genloss_kernels.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> head = gk.FusedLMHead(3, 5, softcap=30.0)
+        >>> hidden = torch.zeros(2, 4, 3)
+        >>> head(hidden).shape, head(hidden, torch.zeros(2, 4, dtype=torch.int64)).shape
+        (torch.Size([2, 4, 5]), torch.Size([]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **loss_options: Any,
+    ) -> None:
+        unknown = loss_options.keys() - _LINEAR_OPTIONS
+        if unknown:
+            raise TypeError(f"{', '.join(sorted(unknown))}: not among the loss options {', '.join(sorted(_LINEAR_OPTIONS))}")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.loss_options = loss_options
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, **loss_options: Any) -> FusedLMHead:
+        """A head that shares the parameters of ``linear``, so that an optimizer or a tied embedding goes on as before."""
+        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", **loss_options)
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, input: Tensor, target: Tensor | None = None, **loss_options: Any) -> Any:
+        if target is None:
+            return super().forward(input)
+        options = self.loss_options | loss_options
+        return F.linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
 
 
 class NLLLoss(torch.nn.NLLLoss):

@@ -129,7 +129,7 @@ def _cross_entropy() -> Iterator[Row]:
     yield Row(CE, {"logit_scale": torch.tensor(1.0)}, TypeError, "logit_scale must be a number, not")
     yield Row(CE, {"z_loss": torch.tensor(0.0)}, TypeError, "z_loss must be a number, not")
     for value in (0.0, -1.0, math.nan):
-        yield Row(CE, {"softcap": value}, ValueError, "softcap must be positive, got")
+        yield Row(CE, {"softcap": value}, ValueError, "softcap must be positive and finite, got")
     for value in (-1.0, math.nan):
         yield Row(CE, {"z_loss": value}, ValueError, "z_loss must not be negative, got")
     for shape in ((3,), (4, 1), (), (5,)):

@@ -18,7 +18,7 @@ def tensor(name: str, value: Any) -> None:
 
 def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
-    if not value.is_floating_point():
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
         raise NotImplementedError(
             f"{name} must be a real floating point tensor, got {value.dtype}: convert it with .float()"
         )

@@ -11,6 +11,11 @@ from . import checks
 from .reduction import autocasting
 
 
+def index_target(target: Any) -> Any:
+    """Class indices of uint8 as int64: compared with an ``ignore_index`` of another sign or size they would wrap."""
+    return target.long() if isinstance(target, Tensor) and target.dtype == torch.uint8 else target
+
+
 def check_index_target(name: str, input: Tensor, target: Tensor) -> None:
     """Class indices of shape (N, d1, ...) for an input (N, C, d1, ...), or () or (1,) for (C)."""
     if input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64 and input.size(0) == target.size(0):

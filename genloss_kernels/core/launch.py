@@ -98,7 +98,7 @@ SHORT_ROW = 256
 # Rows up to this length fit in one tile in any layout, and nothing of the forward's size is saved for their backward.
 WHOLE_ROW = 128
 
-# 32 or 16 elements in a thread: tall enough tiles of whole rows for full sectors where the classes are strided.
+# Tall enough tiles of whole rows for full sectors where the classes are strided, over 8 warps where 4 would spill.
 _WHOLE_ELEMENTS, _HEAVY_WHOLE_ELEMENTS = 4096, 2048
 
 # 8 elements in a thread, or 4 where a lane carries more than maximum and total.
@@ -124,14 +124,16 @@ class RowsTile(NamedTuple):
     num_warps: int
 
 
-def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, *, heavy: bool = False) -> RowsTile:
+def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, itemsize: int = 4, *, heavy: bool = False) -> RowsTile:
     """Tile for many short rows, or for classes that are not the fastest dimension in memory."""
     elements = _HEAVY_SHORT_ELEMENTS if heavy else _SHORT_ELEMENTS
     if contiguous_cols:
         cols = max(16, _power_of_two(min(n_cols, SHORT_ROW)))
     elif n_cols <= WHOLE_ROW:
         cols = max(8, _power_of_two(n_cols))
-        elements = min(_HEAVY_WHOLE_ELEMENTS if heavy else _WHOLE_ELEMENTS, cols * _power_of_two(n_inner))
+        elements = (_HEAVY_WHOLE_ELEMENTS if heavy else _WHOLE_ELEMENTS) // (2 if itemsize == 8 else 1)
+        elements = min(elements, cols * _power_of_two(n_inner))
+        return RowsTile(min(max(1, elements // cols), 128), cols, 8 if elements >= 1024 else 4)
     else:
         # 128 neighbouring positions are 256 to 512 bytes of each class: whole sectors, two to four a warp.
         cols = max(8, elements // min(128, _power_of_two(n_inner)))

@@ -69,7 +69,7 @@ def plan(streams: list[Tensor], target: Tensor | None, *, heavy: bool = False) -
             vec,
             ragged,
         )
-    tile = launch.rows_tile(n_cols, shape[-1], not neighbours, heavy=heavy)
+    tile = launch.rows_tile(n_cols, shape[-1], not neighbours, itemsize, heavy=heavy)
     programs = n_rows // shape[-1] * -(-shape[-1] // tile.rows) if n_rows else 0
     n_splits = launch.splits(programs, -(-n_cols // tile.cols) // 8, processors)
     split_cols = _share(n_cols, n_splits, tile.cols)
@@ -113,15 +113,22 @@ def _alignment(streams: list[Tensor], strides: list[tuple[int, ...]], n_cols: in
 
 def gradient_like(tensor: Tensor) -> Tensor:
     """Uninitialised gradient of ``tensor``; a view with small gaps keeps them, so that its rows are aligned like its own."""
-    sizes, strides = tensor.shape, tensor.stride()
-    extent = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(sizes, strides, strict=True) if size > 1):
-        if stride < extent:
-            return torch.empty_like(tensor)  # elements share memory
-        extent += (size - 1) * stride
-    if tensor.numel() < extent <= 1.5 * tensor.numel():
-        return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    reach = extent(tensor)
+    if reach is not None and tensor.numel() < reach <= 1.5 * tensor.numel():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return torch.empty_like(tensor)
+
+
+def extent(tensor: Tensor) -> int | None:
+    """Elements of memory from the first to the last, gaps included; None where elements share memory."""
+    reach = 1
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ):
+        if stride < reach:
+            return None
+        reach += (size - 1) * stride
+    return reach
 
 
 def incoming(grad: Tensor | None) -> tuple[Tensor | None, int]:

@@ -52,6 +52,8 @@ def update(
     difference = y - maximum
     decay = tl.exp(-tl.abs(difference))
     rises = difference > 0.0
+    # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
+    difference = tl.minimum(difference, -lowest(maximum.dtype))
     if MOMENT:
         change = difference * tl.where(rises, -mass, q)
         if MASKED:
@@ -75,6 +77,32 @@ def update(
         spread = tl.where(rises, decay * (spread - total * finite), spread + decay * finite)
         argument = tl.where(rises, index, argument)
     total = tl.where(rises, total * decay + 1.0, total + decay)
+    maximum = tl.maximum(maximum, y)
+    return maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
+
+
+@triton.jit
+def first_state(y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr):
+    """:func:`update` of the initial state, for lanes that take one value each: no exponential."""
+    maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = (
+        initial_state(y.shape, y.dtype)
+    )
+    rises = y > maximum
+    total = tl.where(rises, 1.0, tl.where(y == y, total, y))
+    if MOMENT:
+        # -inf times its coefficient: NaN if that is 0, as in torch.
+        change = tl.where(rises, 0.0, y * q)
+        moment = tl.where(live, change, 0.0) if MASKED else change
+        mass = q
+    if TARGET:
+        change = tl.where(rises, 0.0, y * t)
+        target_moment = tl.where(live, change, 0.0) if MASKED else change
+        target_mass = t
+        better = (t > target_maximum) & live if MASKED else t > target_maximum
+        target_argument = tl.where(better, index, target_argument)
+        target_maximum = tl.where(better, t, target_maximum)
+    if STATS:
+        argument = tl.where(rises, index, argument)
     maximum = tl.maximum(maximum, y)
     return maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
 

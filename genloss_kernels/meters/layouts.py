@@ -76,14 +76,14 @@ def _row_layouts(dtype: torch.dtype) -> Iterator[Layout]:
             yield Layout(f"{name}, {kind}, in three dimensions", view, 0)
 
 
-def _rows_tiles(columns: int, inner: int, *, contiguous: bool) -> tuple[launch.RowsTile, ...]:
-    return tuple(launch.rows_tile(columns, inner, contiguous, heavy=heavy) for heavy in (False, True))
+def _rows_tiles(columns: int, inner: int, itemsize: int, *, contiguous: bool) -> tuple[launch.RowsTile, ...]:
+    return tuple(launch.rows_tile(columns, inner, contiguous, itemsize, heavy=heavy) for heavy in (False, True))
 
 
 def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
     seen: set[tuple[tuple[launch.RowsTile, ...], bool]] = set()
     for columns in (2**exponent for exponent in range(launch.SHORT_ROW.bit_length())):
-        tiles = _rows_tiles(columns, 1, contiguous=True)
+        tiles = _rows_tiles(columns, 1, dtype.itemsize, contiguous=True)
         if (tiles, True) not in seen:
             seen.add((tiles, True))
             tile = tiles[0]
@@ -96,16 +96,17 @@ def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
     yield Layout("one short row", empty(1, 10, dtype=dtype), 0)
     yield Layout("one number", empty(1, 1, dtype=dtype), 1)
     for columns in (2**exponent for exponent in range(3, launch.WHOLE_ROW.bit_length())):
-        tiles = _rows_tiles(columns, 2**12, contiguous=False)
+        tiles = _rows_tiles(columns, 2**12, dtype.itemsize, contiguous=False)
         if (tiles, False) not in seen:
             seen.add((tiles, False))
             name = f"tile {tiles[0].rows} x {tiles[0].cols}, strided classes"
             yield Layout(name, empty(_MANY, columns, 2**12, dtype=dtype), 0)
-            depth = 1 if columns == launch.WHOLE_ROW else 0
-            yield Layout(f"{name}, ragged", empty(_MANY, columns - 1, 2**12 - 1, dtype=dtype), depth)
-    finest = _rows_tiles(1024, 2**12, contiguous=False)
+            yield Layout(f"{name}, ragged", empty(_MANY, columns - 1, 2**12 - 1, dtype=dtype), 1)
+            for inner in (2, 16):
+                yield Layout(f"{name}, {inner} positions", empty(_MANY, columns, inner, dtype=dtype), 0)
+    finest = _rows_tiles(1024, 2**12, dtype.itemsize, contiguous=False)
     for inner in (2**exponent for exponent in range(12, 0, -1)):
-        tiles = _rows_tiles(1024, inner, contiguous=False)
+        tiles = _rows_tiles(1024, inner, dtype.itemsize, contiguous=False)
         if (tiles, False) not in seen:
             seen.add((tiles, False))
             tile = tiles[0]

@@ -934,3 +934,49 @@ def test_classes_stay_last_where_they_are_contiguous() -> None:
     assert eager._class_dim(view) == 2
     assert eager._class_dim(view.contiguous()) == 1
     assert eager._class_dim(torch.empty(300, 4).t()) == 1
+
+
+def test_labels_of_uint8_are_not_wrapped_around_ignore_index(path: str) -> None:
+    """156 is -100 and 44 is 300 in eight bits."""
+    logits, target = torch.randn(6, 301), torch.tensor([156, 3, 156, 200, 7, 44], dtype=torch.uint8)
+    for ignore_index in (-100, 300):
+        for options in ({}, {"softcap": 30.0}, {"row_weight": torch.ones(6, requires_grad=True)}):
+            loss = gk.cross_entropy(logits, target, ignore_index=ignore_index, **options)
+            assert torch.equal(loss, gk.cross_entropy(logits, target.long(), ignore_index=ignore_index, **options))
+    with pytest.raises(IndexError, match="Target 156 is out of bounds"):
+        gk.cross_entropy(logits[:1, :150], target[:1], z_loss=0.1)
+    gk.cross_entropy(logits, target)
+
+
+def test_log_prob_of_half_probabilities_has_a_gradient_in_full_precision(path: str) -> None:
+    logits, target = torch.randn(4, 1000), torch.softmax(torch.randn(4, 1000), 1).bfloat16()
+
+    def torchs(x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad((torch.log_softmax(x, 1) * target.to(x.dtype)).sum(), x)[0]
+
+    x = logits.clone().requires_grad_()
+    (found,) = torch.autograd.grad(gk.cross_entropy(x, target, return_stats=True).log_prob.sum(), x)
+    gk.testing.assert_close(found, torchs(logits.double()), torchs(logits.clone()))
+
+
+@pytest.mark.parametrize("n_cols", [3, 300])
+def test_large_finite_logits(path: str, n_cols: int) -> None:
+    logits = torch.zeros(2, n_cols)
+    logits[:, 0] = 1e32
+    stats = gk.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.125, return_stats=True, reduction="none")
+    assert stats.loss.isfinite().all()
+    assert not stats.entropy.any()
+
+
+@pytest.mark.interpreter
+def test_gradient_in_place_needs_memory_of_its_own() -> None:
+    target = torch.arange(8)
+    with gk.backend("triton"):
+        for logits in (
+            (torch.randn(400, requires_grad=True) * 1.0).unfold(0, 300, 1)[:8],
+            (torch.randn(8, 300, dtype=torch.complex64, requires_grad=True) * 1.0).conj().imag,
+        ):
+            with pytest.raises(ValueError, match="no memory of their own"):
+                gk.cross_entropy(logits, target, inplace_backward=True)
+            gk.cross_entropy(logits, target)

@@ -228,7 +228,8 @@ def test_free_bits_at_the_boundary(path: str) -> None:
 
 def test_free_bits_of_0_change_nothing_but_equality(path: str) -> None:
     arguments = _gaussians(*[(5, 9)] * 4)
-    assert torch.equal(gk.gaussian_kl(**arguments), gk.gaussian_kl(**arguments, free_bits=0.0))
+    exact = gk.gaussian_kl(**{name: tensor.double() for name, tensor in arguments.items()})
+    gk.testing.assert_close(gk.gaussian_kl(**arguments, free_bits=0.0), exact)
 
 
 def test_clamp_has_gradient_1_on_the_bounds(path: str) -> None:
@@ -428,3 +429,20 @@ def test_nothing_is_kept_where_nothing_learns() -> None:
     assert kept("gaussian_kl", (x, x, None, None), 0, reducing.Reduction.SUM) == 0
     with torch.no_grad():
         assert kept("gaussian_kl", (x, learning, None, None), 0, reducing.Reduction.SUM) == 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_equal_narrow_gaussians_are_at_distance_0(path: str, reduction: str) -> None:
+    """Where exp(-logvar) overflows, 0 times it would be NaN."""
+    for mu, logvar in ((0.0, -90.0), (0.5, -120.0), (1.0, -400.0)):
+        leaves = [torch.full((300,), value).requires_grad_() for value in (mu, logvar, mu, logvar)]
+        loss = gk.gaussian_kl(*leaves, reduction=reduction)
+        assert not loss.any()
+        for grad in torch.autograd.grad(loss.sum(), leaves):
+            assert not grad.any()
+
+
+def test_distance_of_narrow_gaussians_overflows_late(path: str) -> None:
+    q, p = (torch.tensor([1e-3]), torch.tensor([-90.0])), (torch.tensor([0.0]), torch.tensor([-90.0]))
+    exact = gk.gaussian_kl(*(t.double() for t in (*q, *p)), reduction="sum")
+    gk.testing.assert_close(gk.gaussian_kl(*q, *p, reduction="sum"), exact)

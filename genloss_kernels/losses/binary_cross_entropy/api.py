@@ -65,7 +65,8 @@ def binary_cross_entropy_with_logits(
         NotImplementedError: the input is not real floating point.
 
     Numerics:
-        Arithmetic in fp32, fp64 for fp64, to the last digits at large logits. A term with coefficient 0 is 0 at an infinite
+        Arithmetic in fp32, fp64 for fp64, to the last digits at large logits; on the CPU the gradient is, as torch's, exact
+        only in absolute terms there. A term with coefficient 0 is 0 at an infinite
         logit. ``mean`` over no element is NaN and ``sum`` 0. The same input gives the same bits.
 
     Differs from torch:

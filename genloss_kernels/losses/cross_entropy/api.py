@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...core import autograd, backend, checks
-from ...core.classes import check_class_weight, check_index_target
+from ...core.classes import check_class_weight, check_index_target, index_target
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
+from ...core.row_plan import extent
 from . import reference
 from .op import CrossEntropy
 from .reference import Options
@@ -97,8 +98,8 @@ def cross_entropy(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: unknown reduction, batch sizes that differ, a softcap or divisor that makes no sense, or
-            ``inplace_backward`` on a leaf or expanded input.
+        ValueError: unknown reduction, batch sizes that differ, a softcap that is not positive, a divisor without ``mean``,
+            or ``inplace_backward`` on a leaf, expanded or overlapping input.
         RuntimeError: shapes, dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], a negative z-loss.
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss and a gradient of NaN.
@@ -124,6 +125,7 @@ def cross_entropy(
         0.8955
     """
     reduction = parse_reduction(reduction, size_average, reduce)
+    target = index_target(target)
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
     checks.number("logit_scale", logit_scale)
     checks.number("z_loss", z_loss)
@@ -297,6 +299,28 @@ def _check(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: s
     check_class_weight(weight, input, same_dtype=not target.is_floating_point())
 
 
+def check(
+    input: Tensor,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: str,
+    label_smoothing: Any,
+    row_weight: Any,
+    *,
+    softcap: Any,
+    logit_scale: Any,
+    z_loss: Any,
+    divisor: Any,
+    return_stats: Any,
+) -> None:
+    """Every check that needs the shape of the logits and not the logits."""
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    checks.number("logit_scale", logit_scale)
+    checks.number("z_loss", z_loss)
+    _check_extras(input, target, softcap, z_loss, row_weight, divisor, reduction, return_stats)
+
+
 def _check_extras(
     input: Tensor,
     target: Tensor,
@@ -310,8 +334,8 @@ def _check_extras(
     checks.flag("return_stats", return_stats)
     if softcap is not None:
         checks.number("softcap", softcap)
-        if not softcap > 0.0:
-            raise ValueError(f"softcap must be positive, got {softcap}: leave it out for no cap")
+        if not 0.0 < softcap < float("inf"):
+            raise ValueError(f"softcap must be positive and finite, got {softcap}: leave it out for no cap")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
     if row_weight is not None:
@@ -349,7 +373,8 @@ def _check_in_place(input: Tensor) -> None:
             "inplace_backward=True would write the gradient over a leaf, such as a parameter: leave it out, or pass the "
             "result of an operation"
         )
-    if any(stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True) if size > 1):
+    if extent(input) is None or input.is_neg():
         raise ValueError(
-            "inplace_backward=True cannot write over an expanded input, whose elements share memory: call .contiguous()"
+            "inplace_backward=True cannot write over an expanded, overlapping or lazily negated input, whose elements have "
+            "no memory of their own: call .contiguous()"
         )

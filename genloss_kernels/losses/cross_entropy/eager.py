@@ -191,7 +191,7 @@ def _write_grad_logits(
         if rows.lse is not None:
             of_probability = of_probability + rows.lse
         if rows.log_prob is not None:
-            of_probability = of_probability - rows.log_prob * target.sum(dim)
+            of_probability = of_probability - rows.log_prob * target.sum(dim, dtype=y.dtype)
     else:
         q, of_probability = None, rows.of_probability
     if options.z_loss:
@@ -200,7 +200,7 @@ def _write_grad_logits(
     if q is not None:
         dy.sub_(q.mul_(grad) if q is not target else q * grad)
         if rows.log_prob is not None:
-            dy.add_(target * rows.log_prob.unsqueeze(dim))
+            dy.add_(target.to(y.dtype) * rows.log_prob.unsqueeze(dim))
     elif rows.label is not None and rows.of_label is not None:
         dy.scatter_add_(dim, rows.label.unsqueeze(dim), -rows.of_label.unsqueeze(dim))
         if options.label_smoothing:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.softmax import collapse, initial_state, transform, update
+from ...core.softmax import collapse, first_state, initial_state, transform, update
 from ...core.triton_math import expm1_excess, scalar
 
 
@@ -60,7 +60,8 @@ def _logits(
 @triton.jit
 def _take(
     state, y, target_pointers, weight_ptr, index, live, smoothing, uniform,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     MOMENT: tl.constexpr = PROBABILITIES or SMOOTHING
     if MOMENT:
@@ -68,7 +69,11 @@ def _take(
     else:
         q = y
         t = y
-    return update(state, y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
+    if WHOLE:
+        state = first_state(y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
+    else:
+        state = update(state, y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
+    return state
 
 
 @triton.jit
@@ -235,7 +240,7 @@ def _cross_entropy_forward_rows_kernel(
         y = _logits(logits_ptr + first + places, lane, logit_scale, softcap, inverse_softcap, SOFTCAP, False, DTYPE)
         state = _take(
             state, y, target_ptr + target_first + target_places, weight_ptr, head + cols, lane, smoothing, uniform,
-            PROBABILITIES, SMOOTHING, STATS, False, DTYPE,
+            PROBABILITIES, SMOOTHING, STATS, False, False, DTYPE,
         )  # fmt: skip
     cols = full + lane
     places = cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col
@@ -244,7 +249,7 @@ def _cross_entropy_forward_rows_kernel(
     y = _logits(logits_ptr + first + places, live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE)
     state = _take(
         state, y, target_ptr + target_first + target_places, weight_ptr, head + cols, live, smoothing, uniform,
-        PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
+        PROBABILITIES, SMOOTHING, STATS, True, False, DTYPE,
     )  # fmt: skip
     if RAGGED:
         cols = edge_columns(lane, head, body)
@@ -252,7 +257,7 @@ def _cross_entropy_forward_rows_kernel(
         y = _logits(logits_ptr + first + cols, live, logit_scale, softcap, inverse_softcap, SOFTCAP, True, DTYPE)
         state = _take(
             state, y, target_ptr + target_first + cols, weight_ptr, head + cols, live, smoothing, uniform,
-            PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
+            PROBABILITIES, SMOOTHING, STATS, True, False, DTYPE,
         )  # fmt: skip
     state = collapse(state, 0, PROBABILITIES or SMOOTHING, PROBABILITIES and STATS, STATS)
     if SPLIT:
@@ -388,7 +393,7 @@ def _cross_entropy_forward_tiles_kernel(
         )
         state = _take(
             state, y, target_ptr + (target_offset[:, None] + target_places), weight_ptr, index, live, smoothing, uniform,
-            PROBABILITIES, SMOOTHING, STATS, True, DTYPE,
+            PROBABILITIES, SMOOTHING, STATS, True, WHOLE, DTYPE,
         )  # fmt: skip
         if not PROBABILITIES and not SPLIT:
             label_y = tl.where(index == label[:, None], y, label_y)
@@ -422,7 +427,7 @@ def _saved_lse(saved_ptr, row, row_live, n_rows, PROBABILITIES: tl.constexpr):
 @triton.jit
 def _found_lse(y, index, label, valid, n_cols, PROBABILITIES: tl.constexpr):
     """As saved by the forward, from whole rows of logits."""
-    state = update(initial_state(y.shape, y.dtype), y, y, y, index, index, False, False, False, False)
+    state = first_state(y, y, y, index, index, False, False, False, False)
     maximum, total, _, _, _, _, _, _, _, _ = collapse(state, 1, False, False, False)
     log_total = tl.log(total)
     log_prob = maximum

@@ -21,7 +21,7 @@ def _scalars(options: Options) -> tuple[float, float, float, float]:
     return options.label_smoothing, options.logit_scale, options.softcap or 1.0, options.z_loss
 
 
-def _saved_rows(n_cols: int, target: Tensor, weight: Tensor | None, options: Options) -> int:
+def saved_rows(n_cols: int, target: Tensor, weight: Tensor | None, options: Options) -> int:
     """Rows saved: maximum, log of the total and, for labels, the log-probability, unless a tile holds the row.
 
     And the mass of the coefficients if it varies; for probabilities and statistics, that of the plain target.
@@ -52,7 +52,7 @@ def _launch_forward(
     loss = new(dtype=dtype) if reduce else new(*rows_shape, dtype=dtype)
     stats = [new(*rows_shape) if options.stats else new(0) for _ in range(3)]
     counts = [new(dtype=torch.int64) if options.stats else new(0, dtype=torch.int64) for _ in range(2)]
-    saved = new(_saved_rows(p.n_cols, target, weight, options), p.n_rows)
+    saved = new(saved_rows(p.n_cols, target, weight, options), p.n_rows)
     by_normalizer = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
     normalizer = new() if by_normalizer else new(0)
     n_partials = p.n_rows if split else p.programs
@@ -145,6 +145,15 @@ def _eager_forward(
     return loss, result.lse, result.log_prob, result.entropy, *counts, empty[3], normalizer
 
 
+def rows_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options,
+    dtype: torch.dtype, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Without the dispatcher: loss, log-sum-exp, log-probability, entropy, the two counts, what is saved, the divisor."""
+    run = _launch_forward if triton else _eager_forward
+    return run(logits, target, weight, row_weight, None, options, dtype)
+
+
 def _forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
@@ -174,8 +183,8 @@ def _forward_fake(
     loss = new(*rows_shape, dtype=dtype) if reduction == Reduction.NONE else new(dtype=dtype)
     rows = [new(*rows_shape) if stats else new(0) for _ in range(3)]
     counts = [new(dtype=torch.int64) if stats else new(0, dtype=torch.int64) for _ in range(2)]
-    saved_rows = _saved_rows(logits.size(1), target, weight, Options(label_smoothing=label_smoothing, stats=stats))
-    saved = new(saved_rows, n_rows) if triton else new(0)
+    planes = saved_rows(logits.size(1), target, weight, Options(label_smoothing=label_smoothing, stats=stats))
+    saved = new(planes, n_rows) if triton else new(0)
     own = reduction == Reduction.MEAN and divisor is None and fixed_divisor is None
     return loss, *rows, *counts, saved, new() if own else new(0)
 

@@ -69,8 +69,9 @@ def gaussian_kl(
         NotImplementedError: an operand is not real floating point.
 
     Numerics:
-        Arithmetic in fp32, fp64 for fp64; the difference ``exp(v) - 1 - v`` keeps all its digits at small v, where the
-        plain form has none. A log-variance above 88 (fp32) gives inf, as exp does. Empty: ``sum`` 0, means NaN.
+        Arithmetic in fp32, fp64 for fp64; the difference ``exp(v) - 1 - v`` keeps all its digits at small v (on the CPU down
+        to 1e-9), where the plain form has none. A log-variance above 88 (fp32) gives inf, as exp does. Empty: ``sum`` 0,
+        means NaN.
 
     Differs from torch:
         ``torch.distributions.kl_divergence`` takes scales and has no reduction; the values agree.

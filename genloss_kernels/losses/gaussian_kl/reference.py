@@ -45,7 +45,7 @@ def reference(
     square = distance.square()
     if logvar_p is not None:
         prior = _clamp(logvar_p.double(), scalars, flags)
-        v, square = v - prior, square * torch.exp(-prior)
+        v, square = v - prior, (distance * _inverse_deviation(prior)).square()
     # In fp64 the plain difference keeps all the digits that fp32 can show, down to a log-variance of 1e-8.
     excess = expm1_excess(v) if dtype == torch.float64 else torch.expm1(v) - v
     kl = 0.5 * (excess + square)
@@ -83,7 +83,7 @@ def _differences(
     flags: int,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Difference of the log-variances in fp64; in fp32 the square of the means' in units of p's variance, and 1 / that."""
+    """Difference of the log-variances in fp64; in fp32 the square of the means' in units of p's deviation, and 1 / that."""
     v = _clamp(scratch.cast("logvar_q", logvar_q, torch.float32), scalars, flags)
     prior = None
     if logvar_p is not None:
@@ -93,19 +93,26 @@ def _differences(
     distance = scratch.cast("mu_q", mu_q, torch.float32)
     if mu_p is not None:
         distance = _subtract(distance, scratch.cast("mu_p", mu_p, torch.float32), "distance", scratch)
-    square = torch.mul(distance, distance, out=scratch.take("square", v.shape, torch.float32, v.device))
+    square = scratch.take("square", v.shape, torch.float32, v.device)
     if prior is None:
-        return wide, square, None
-    precision = _exp_negative(prior, scratch)
-    return wide, square.mul_(precision), precision
+        return wide, torch.mul(distance, distance, out=square), None
+    inverse = _inverse_deviation(prior, scratch.take("inverse", v.shape, torch.float32, v.device))
+    return wide, torch.mul(distance, inverse, out=square).square_(), inverse
 
 
 def _subtract(a: Tensor, b: Tensor, name: str, scratch: Scratch) -> Tensor:
     return torch.sub(a, b, out=scratch.take(name, a.shape, a.dtype, a.device))
 
 
-def _exp_negative(v: Tensor, scratch: Scratch) -> Tensor:
-    return torch.neg(v, out=scratch.take("precision", v.shape, v.dtype, v.device)).exp_()
+# exp of this is the last that is finite, in each dtype of arithmetic.
+_LAST = {torch.float32: 88.0, torch.float64: 709.0}
+
+
+def _inverse_deviation(logvar: Tensor, out: Tensor | None = None) -> Tensor:
+    """exp(-logvar / 2), finite, so that equal means are at distance 0 from a Gaussian however narrow."""
+    if out is None:
+        return torch.exp((logvar * -0.5).clamp(max=_LAST[logvar.dtype]))
+    return torch.mul(logvar, -0.5, out=out).clamp_(max=_LAST[logvar.dtype]).exp_()
 
 
 # Mean excess above which the rounding of exp in fp64, 1e-16 an element, does not show in fp32.
@@ -126,7 +133,7 @@ def total(
     wide = _result_dtype(mu_q, logvar_q, mu_p, logvar_p) == torch.float64
     if flags & FREE_BITS or wide or mu_q.device.type != "cpu":
         return value(mu_q, logvar_q, mu_p, logvar_p, scalars, flags, scratch).sum()
-    v, square, precision = _differences(mu_q, logvar_q, mu_p, logvar_p, scalars, flags, scratch)
+    v, square, inverse = _differences(mu_q, logvar_q, mu_p, logvar_p, scalars, flags, scratch)
     growth = scratch.take("growth in fp64", v.shape, torch.float64, v.device)
     excess = torch.mul(v, _LOG2_E, out=growth).exp2_().sub_(1.0).sum().item() - v.sum().item()
     tiny = excess < _PLAIN_ABOVE * v.numel()
@@ -134,8 +141,8 @@ def total(
         torch.expm1(v, out=growth)
     if saved:
         saved[0].copy_(growth)
-        if precision is not None:
-            saved[1].copy_(precision)
+        if inverse is not None:
+            saved[1].copy_(inverse)
     if tiny:
         excess = growth.sub_(v).sum().item()
     return (excess + square.sum().item()) * 0.5
@@ -161,22 +168,21 @@ def gradient(
     distance = scratch.cast("mu_q", mu_q, dtype)
     if mu_p is not None:
         distance = _subtract(distance, scratch.cast("mu_p", mu_p, dtype), "distance", scratch)
-    growth, precision = (*saved, None, None)[:2]
+    growth, inverse = (*saved, None, None)[:2]
     if growth is None:
-        growth, precision = _growth(logvar_q, logvar_p, scalars, flags, dtype, scratch)
+        growth, inverse = _growth(logvar_q, logvar_p, scalars, flags, dtype, scratch)
+    if inverse is not None:
+        distance = torch.mul(distance, inverse, out=scratch.take("scaled", distance.shape, dtype, distance.device))
     if dlogvar_p is not None:
-        torch.mul(distance, distance, out=dlogvar_p)
-        if precision is not None:
-            dlogvar_p.mul_(precision)
-        dlogvar_p.add_(growth).mul_(grad * -0.5)
+        torch.mul(distance, distance, out=dlogvar_p).add_(growth).mul_(grad * -0.5)
     if dlogvar_q is not None:
         torch.mul(growth, grad * 0.5, out=dlogvar_q)
     if dmu_q is not None or dmu_p is not None:
         first, second = (dmu_q, dmu_p) if dmu_q is not None else (dmu_p, None)
         assert first is not None
         torch.mul(distance, grad if dmu_q is not None else -grad, out=first)
-        if precision is not None:
-            first.mul_(precision)
+        if inverse is not None:
+            first.mul_(inverse)
         if second is not None:
             torch.neg(first, out=second)
     if flags & CLAMPED:
@@ -188,12 +194,13 @@ def gradient(
 def _growth(
     logvar_q: Tensor, logvar_p: Tensor | None, scalars: Scalars, flags: int, dtype: torch.dtype, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
-    """exp(v) - 1 for the difference v of the log-variances, and p's precision."""
-    v, precision = _clamp(scratch.cast("logvar_q", logvar_q, dtype), scalars, flags), None
+    """exp(v) - 1 for the difference v of the log-variances, and the inverse of p's deviation."""
+    v, inverse = _clamp(scratch.cast("logvar_q", logvar_q, dtype), scalars, flags), None
     if logvar_p is not None:
         prior = _clamp(scratch.cast("logvar_p", logvar_p, dtype), scalars, flags)
-        v, precision = _subtract(v, prior, "difference", scratch), _exp_negative(prior, scratch)
-    return torch.expm1(v, out=scratch.take("growth", v.shape, dtype, v.device)), precision
+        v = _subtract(v, prior, "difference", scratch)
+        inverse = _inverse_deviation(prior, scratch.take("inverse", v.shape, dtype, v.device))
+    return torch.expm1(v, out=scratch.take("growth", v.shape, dtype, v.device)), inverse
 
 
 def _saves(flags: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import autograd, backend, checks
-from ...core.classes import check_class_weight, check_index_target
+from ...core.classes import check_class_weight, check_index_target, index_target
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
 from . import reference
 from .op import NLLLoss
@@ -65,6 +65,7 @@ def nll_loss(
         tensor(1.)
     """
     reduction = parse_reduction(reduction, size_average, reduce)
+    target = index_target(target)
     _check(input, target, weight, ignore_index, reduction)
     triton = backend.use_triton(input, target, weight)
     checked = input.device.type == "cpu" and (backend.reads_values(target) or torch.compiler.is_compiling())

@@ -50,7 +50,7 @@ def mse_loss(
         Arithmetic in fp32, fp64 for fp64. ``mean`` over no element is NaN and ``sum`` 0.
 
     Differs from torch:
-        Nothing.
+        Integer tensors raise.
 
     Source:
         Bishop, "Pattern Recognition and Machine Learning", 2006, equation 1.2, without its half.

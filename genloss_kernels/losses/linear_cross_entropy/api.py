@@ -1,0 +1,271 @@
+"""The public linear cross entropy: check, choose the path, reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import autograd, backend, checks
+from ...core.classes import index_target
+from ...core.reduction import Reduction, accumulator, autocasting, loss_dtype
+from ..cross_entropy import api as cross_entropy_api
+from ..cross_entropy import reference
+from ..cross_entropy.api import CrossEntropyStats, cross_entropy
+from ..cross_entropy.reference import Options
+from .chunks import Head, mean_divisor
+from .op import LinearCrossEntropyRows, Needed, ReducedLinearCrossEntropy, by_reference, mask_of
+from .options import LinearCrossEntropyOptions, rows_at_a_time
+
+_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | Any | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    return_stats: bool = False,
+    vocab_shard: Any = None,
+) -> Tensor | CrossEntropyStats:
+    r"""Cross entropy of ``input @ linear_weight.T + linear_bias``, whose logits exist for some rows at a time only.
+
+    .. math::
+        y = x W^\top + b, \qquad \ell = \mathrm{cross\_entropy}(y, t)
+
+    For ``mean`` and ``sum`` the gradients are made in the forward, while a chunk's logits exist: 6 N V D operations in all.
+    For ``none`` and for statistics the backward computes the logits again: 8 N V D.
+
+    Args:
+        input: hidden states, shape (D), (N, D) or (..., D); fp32, fp16, bf16 or fp64.
+        linear_weight: shape (V, D), in the input's dtype; (V, d1, ..., D) as in torch, where the logits exist.
+        target: class indices, int64 or uint8, in the shape of the input without D, or class probabilities, floating point,
+            with V in D's place.
+        linear_bias: shape (V), in the input's dtype.
+        weight: one non-negative factor a class, shape (V).
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, as in :func:`cross_entropy`.
+        ignore_index: rows with this label have loss 0 and gradient 0, whatever they hold; -100 if None.
+        label_smoothing: mass spread evenly over the classes, in [0, 1].
+        options: :class:`LinearCrossEntropyOptions` or torch's own.
+        softcap: as in :func:`cross_entropy`.
+        logit_scale: as in :func:`cross_entropy`.
+        z_loss: as in :func:`cross_entropy`.
+        row_weight: factor of each row's whole loss, in the shape of the ``"none"`` result.
+        divisor: number or 0-d tensor that replaces what ``mean`` divides by.
+        return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
+        vocab_shard: reserved for vocabulary-parallel losses; not available in this release.
+
+    Returns:
+        0-d tensor for ``mean`` and ``sum``; for ``none`` the input's shape without D. In the input's dtype (fp32 under
+        autocast).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: unknown reduction, or a ``memory_budget`` too small for one row.
+        RuntimeError: shapes, dtypes or devices that do not fit; an empty ``linear_weight``, as of parameters sharded away.
+        IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
+            the row a loss of NaN, and the gradient of the weight NaN.
+
+    Numerics:
+        Logits in the dtype of the product, the rest in fp32 (fp64 for fp64); the gradient of the weight is summed over
+        chunks in fp32. Every backward gives the same bits.
+
+    Differs from torch:
+        NaN in an ignored row stays there. All options work in chunks. A second derivative computes the logits in full.
+
+    Source:
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, and Hsu et al., "Liger Kernel", 2024,
+        for gradients made chunk by chunk in the forward.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> hidden, head = torch.eye(2, 3), torch.eye(4, 3)
+        >>> round(gk.linear_cross_entropy(hidden, head, torch.tensor([0, 1])).item(), 4)
+        0.7437
+    """
+    target = index_target(target)
+    _check_linear(input, linear_weight, linear_bias, target)
+    if vocab_shard is not None:
+        raise NotImplementedError("vocab_shard is not available in this release: pass the full linear_weight")
+    probabilities = target.is_floating_point()
+    if probabilities and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    loss_options: dict[str, Any] = {
+        "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "divisor": divisor, "return_stats": return_stats,
+    }  # fmt: skip
+    if linear_weight.dim() > 2:
+        logits = _logits(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits,
+            target,
+            weight,
+            None,
+            ignore_index,
+            None,
+            reduction,
+            label_smoothing,
+            row_weight=row_weight,
+            **loss_options,
+        )
+    rows_shape, n_classes = input.shape[:-1], linear_weight.size(0)
+    flat = input.reshape(-1, input.size(-1))
+    target = target.reshape(-1, n_classes) if probabilities else target.reshape(-1)
+    if row_weight is not None:
+        checks.floating("row_weight", row_weight)
+        if row_weight.shape != rows_shape:
+            raise ValueError(
+                f"row_weight must have the shape {list(rows_shape)} of the loss with reduction='none', got "
+                f"{list(row_weight.shape)}"
+            )
+        row_weight = row_weight.reshape(-1)
+    # Everything else is checked as for logits, of which the shape is enough.
+    like = flat[:, :1].expand(-1, n_classes)
+    cross_entropy_api.check(like, target, weight, ignore_index, reduction, label_smoothing, row_weight, **loss_options)
+    if not probabilities:
+        checks.class_indices(target, n_classes, ignore_index)
+    triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
+    tensor_divisor = divisor if isinstance(divisor, Tensor) else None
+    formula = Options(
+        ignore_index,
+        float(label_smoothing),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        float(z_loss),
+        None if divisor is None or tensor_divisor is not None else float(divisor),  # pyright: ignore[reportArgumentType]
+        _REDUCTIONS[reduction],
+        return_stats,
+    )
+    flat, linear_weight, linear_bias = _autocast(flat, linear_weight, linear_bias)
+    dtype = loss_dtype(input.dtype, input.device)
+    if getattr(options, "gather_rows", False) and not probabilities:
+        flat, target, row_weight, kept = _gather(flat, target, row_weight, ignore_index)
+    else:
+        kept = None
+    head = Head(flat, linear_weight, linear_bias, target, weight, row_weight, tensor_divisor)
+    loss, stats = _compute(head, formula, options, dtype, triton=triton)
+    if reduction == "none":
+        loss = _spread(loss, kept, rows_shape)
+    if not return_stats:
+        return loss
+    lse, log_prob, entropy, n_valid, n_correct = stats
+    lse, log_prob, entropy = (_spread(s, kept, rows_shape) for s in (lse, log_prob, entropy))
+    return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
+
+
+def _compute(
+    head: Head, formula: Options, options: Any, dtype: torch.dtype, *, triton: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    tensors = (head.input, head.linear_weight, head.linear_bias, head.target)
+    grad = torch.is_grad_enabled()
+    weights_learn = grad and any(t is not None and t.requires_grad for t in (head.row_weight, head.divisor))
+    class_weight_learns = grad and head.weight is not None and head.weight.requires_grad
+    if class_weight_learns and triton and backend.current() == "triton":
+        raise RuntimeError("backend 'triton' has no kernel for the gradient of weight: use backend 'auto' or 'eager'")
+    if class_weight_learns or (not triton and backend.composite(*head)):
+        loss, rows = by_reference(head, formula)
+        return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
+    needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
+    n_rows, n_classes = head.input.size(0), head.linear_weight.size(0)
+    most = rows_at_a_time(
+        options, n_rows, n_classes, head.input.element_size(), head.input.device, buffers=1 if triton else 2
+    )
+    row_weight = None if head.row_weight is None else head.row_weight.contiguous()
+    if formula.reduction != Reduction.NONE and not formula.stats and not weights_learn and any(needed):
+        loss, *_ = autograd.apply(
+            ReducedLinearCrossEntropy, *head._replace(row_weight=row_weight), *formula[:6], int(formula.reduction), most,
+            mask_of(needed), dtype, triton,
+        )  # fmt: skip
+        return loss, ()
+    result = autograd.apply(
+        LinearCrossEntropyRows, *tensors, head.weight, None if weights_learn else row_weight,
+        *formula[:5], formula.stats, most, triton, mask_of(needed),
+    )  # fmt: skip
+    loss, stats = result[0], result[1:6]
+    if weights_learn:
+        weight = None if head.weight is None else head.weight.to(accumulator(head.input.dtype))
+        loss, normalizer, _ = reference.weighted(loss, head.target, weight, head.row_weight, formula, n_classes)
+    else:
+        normalizer = mean_divisor(head, formula) if formula.reduction == Reduction.MEAN else loss
+    return reference.reduce(loss, normalizer, head.divisor, formula).to(dtype), stats
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    logits = (input @ linear_weight.flatten(0, -2).t()).unflatten(1, linear_weight.shape[:-1])
+    return logits if linear_bias is None else logits + linear_bias
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    first = tensors[0]
+    if first is None or not autocasting(first.device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _gather(
+    input: Tensor, target: Tensor, row_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    kept = (target != ignore_index).nonzero().squeeze(1)
+    return input[kept], target[kept], None if row_weight is None else row_weight[kept], kept
+
+
+def _spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
+    """Results of the rows kept among zeros for those left out, in the caller's shape."""
+    if kept is not None:
+        rows = rows.new_zeros(shape.numel()).index_put((kept,), rows)
+    return rows.reshape(shape)
+
+
+def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> None:
+    checks.floating("input", input)
+    checks.floating("linear_weight", linear_weight)
+    checks.tensor("target", target)
+    if input.dim() < 1:
+        raise RuntimeError("input must have shape (..., D), got a 0-d tensor")
+    if linear_weight.numel() == 0:
+        raise RuntimeError(
+            f"linear_weight of shape {list(linear_weight.shape)} is empty: if its parameters are sharded, gather them "
+            "first, for example by calling the layer itself inside its FSDP module"
+        )
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"linear_weight must have shape (V, D), got {list(linear_weight.shape)}")
+    if input.size(-1) != linear_weight.size(-1):
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), got "
+            f"{input.size(-1)} and {linear_weight.size(-1)}, respectively"
+        )
+    checks.same_device("linear_weight", linear_weight, input)
+    if linear_weight.dtype != input.dtype and not autocasting(input.device):
+        raise RuntimeError(f"linear_weight must have the input's dtype, {input.dtype}, but has {linear_weight.dtype}")
+    if linear_bias is not None:
+        checks.floating("linear_bias", linear_bias)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise RuntimeError(f"expected linear_bias shape {list(linear_weight.shape[:-1])}, got {list(linear_bias.shape)}")
+        checks.same_device("linear_bias", linear_bias, input)
+        if linear_bias.dtype != input.dtype and not autocasting(input.device):
+            raise RuntimeError(f"linear_bias must have the input's dtype, {input.dtype}, but has {linear_bias.dtype}")
+    if linear_weight.dim() > 2:
+        if input.dim() != 2:
+            raise RuntimeError(
+                f"K-dimensional loss defined by linear_weight shape {list(linear_weight.shape)} requires batched input, "
+                f"(N, {input.size(-1)}), got {list(input.shape)}"
+            )
+        return
+    expected = (*input.shape[:-1], linear_weight.size(0)) if target.is_floating_point() else input.shape[:-1]
+    if target.shape != torch.Size(expected):
+        kind = "probabilities" if target.is_floating_point() else "class indices"
+        raise RuntimeError(f"target of {kind} must have the shape {list(expected)}, got {list(target.shape)}")

@@ -1,0 +1,81 @@
+"""How linear cross entropy cuts its batch; torch's options, on every torch, and two more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core import checks
+
+# Rows at a time. On a GPU fewer would read the whole weight and write its gradient too often for the products to hide it;
+# on a CPU more would not be faster, and takes more memory.
+DEFAULT_ROWS = {"cuda": 4096, "cpu": 256}
+
+# Up to here a batch may be one chunk.
+WHOLE_BATCH = 256
+
+_ACC_POLICIES = ("auto", "accurate", "balanced", "compact")
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyOptions:
+    """Those of ``torch.nn.LinearCrossEntropyOptions``, on every torch, and two more.
+
+    Args:
+        allow_retain_graph: accepted for torch's sake; a second backward always works.
+        batch_chunk_size: rows of logits at a time.
+        chunking_method: torch's ``"auto"``, ``"aspect_ratio"``, ``"aspect_ratio:N"`` or None; validated, and a hint only.
+        acc_policy: torch's ``"auto"``, ``"accurate"``, ``"balanced"`` or ``"compact"``; validated, and a hint only: the
+            gradient of the weight always accumulates in fp32.
+        acc_dtype: dtype of accumulation; fp32 (fp64 for fp64) whatever half precision is asked for.
+        memory_budget: bytes that a chunk's logits and their gradient may take; chooses the rows of a chunk.
+        gather_rows: drop the ignored rows before the products, at the price of one synchronisation with the device.
+
+    Raises:
+        ValueError: an option has a value that it does not accept.
+    """
+
+    allow_retain_graph: bool = False
+    batch_chunk_size: int | None = None
+    chunking_method: str | None = "auto"
+    acc_policy: str = "auto"
+    acc_dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    gather_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.acc_policy not in _ACC_POLICIES:
+            raise ValueError(f"invalid acc_policy: {self.acc_policy!r}: it must be one of {', '.join(_ACC_POLICIES)}")
+        method, separator, factor = (self.chunking_method or "aspect_ratio").partition(":")
+        known = method == "aspect_ratio" and (not separator or (factor.isdigit() and int(factor) > 0))
+        if not known and self.chunking_method != "auto":
+            raise ValueError(
+                f"invalid chunking_method: {self.chunking_method!r}: 'auto', 'aspect_ratio', 'aspect_ratio:N' or None"
+            )
+        for name in ("batch_chunk_size", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be positive int or None, got {value!r}")
+        if self.acc_dtype is not None and (
+            not isinstance(self.acc_dtype, torch.dtype) or not self.acc_dtype.is_floating_point
+        ):
+            raise ValueError(f"acc_dtype must be None or a floating point dtype, got {self.acc_dtype!r}")
+        checks.flag("gather_rows", self.gather_rows)
+
+
+def rows_at_a_time(options: Any, n_rows: int, n_classes: int, itemsize: int, device: torch.device, *, buffers: int) -> int:
+    """Rows of a chunk, from torch's options or ours: never the whole of a batch that is longer than 256 rows."""
+    size = getattr(options, "batch_chunk_size", None)
+    budget = getattr(options, "memory_budget", None)
+    if size is None:
+        size = DEFAULT_ROWS.get(device.type, DEFAULT_ROWS["cuda"])
+        if budget is not None:
+            row = buffers * n_classes * itemsize
+            if budget < row:
+                raise ValueError(
+                    f"memory_budget of {budget} bytes is too small for one row of {n_classes} logits: {row} bytes"
+                )
+            size = budget // row
+    return size if n_rows <= WHOLE_BATCH else min(size, -(-n_rows // 2))

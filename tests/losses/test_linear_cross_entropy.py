@@ -1,0 +1,474 @@
+"""Linear cross entropy on both paths against float64: chunks, both ways to the gradient, and what others got wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import genloss_kernels as gk
+from genloss_kernels.cases import cross_entropy_oracle
+from genloss_kernels.core.backend import INTERPRETED
+from genloss_kernels.losses.linear_cross_entropy import chunks, options
+
+from .comparison import HALVES, aligned, check, check_outputs, check_second_derivatives
+
+NAN = math.nan
+LAYER = ("input", "linear_weight", "linear_bias")
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(options.DEFAULT_ROWS, "cpu", 8)
+    monkeypatch.setitem(options.DEFAULT_ROWS, "cuda", 8)
+    monkeypatch.setattr(options, "WHOLE_BATCH", 4)
+
+
+def _oracle(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None,
+    ignore_index: int | None = None, row_weight: Tensor | None = None, **rest: Any,
+) -> Tensor:  # fmt: skip
+    """The logits in full, and torch's own on them."""
+    shape, n_classes = input.shape[:-1], linear_weight.size(0)
+    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, n_classes)
+    target = target.reshape(-1, n_classes) if target.is_floating_point() else target.reshape(-1)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    row_weight = None if row_weight is None else row_weight.reshape(-1)
+    loss = cross_entropy_oracle(logits, target, ignore_index=ignore_index, row_weight=row_weight, **rest)
+    return loss.reshape(shape) if rest.get("reduction") == "none" else loss
+
+
+def _labels(n_rows: int = 20, n_classes: int = 300, width: int = 12, bias: bool = True, **rest: Any) -> dict[str, Any]:
+    target = torch.randint(n_classes, (n_rows,))
+    target[1::3] = rest.get("ignore_index", -100)
+    given = {"input": torch.randn(n_rows, width), "linear_weight": torch.randn(n_classes, width) * 0.5, "target": target}
+    return given | ({"linear_bias": torch.randn(n_classes)} if bias else {}) | rest
+
+
+def _probabilities(n_rows: int = 20, n_classes: int = 300, **rest: Any) -> dict[str, Any]:
+    return _labels(n_rows, n_classes, **rest) | {"target": torch.softmax(torch.randn(n_rows, n_classes), 1)}
+
+
+def _in(dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+
+
+KINDS = {"labels": (_labels, LAYER), "probabilities": (_probabilities, (*LAYER, "target"))}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.125},
+    "softcap, scale, z-loss": {"softcap": 3.0, "logit_scale": 0.5, "z_loss": 0.01},
+    "class weight": {"weight": lambda: torch.rand(300) + 0.5},
+    "row weight": {"row_weight": lambda: torch.rand(20) + 0.5},
+    "everything": {
+        "label_smoothing": 0.125, "softcap": 3.0, "z_loss": 0.01,
+        "weight": lambda: torch.rand(300) + 0.5, "row_weight": lambda: torch.rand(20) + 0.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_options(path: str, kind: str, reduction: str, name: str) -> None:
+    make, differentiable = KINDS[kind]
+    drawn = {key: value() if callable(value) else value for key, value in OPTIONS[name].items()}
+    check(gk.linear_cross_entropy, _oracle, make(reduction=reduction, **drawn), differentiable)
+
+
+@pytest.mark.parametrize("divisor", [7.5, torch.tensor(7.5)])
+def test_divisor(path: str, divisor: Any) -> None:
+    check(gk.linear_cross_entropy, _oracle, _labels(divisor=divisor), LAYER)
+
+
+def test_row_weight_and_divisor_learn(path: str) -> None:
+    given = _labels(row_weight=torch.rand(20) + 0.5, divisor=torch.tensor(7.5))
+    check(gk.linear_cross_entropy, _oracle, given, (*LAYER, "row_weight", "divisor"))
+    given = _labels(row_weight=torch.rand(20) + 0.5, weight=torch.rand(300) + 0.5)
+    check(gk.linear_cross_entropy, _oracle, given, ("input", "row_weight"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics(path: str, kind: str) -> None:
+    """Of every row, and differentiable: what losses of reinforcement learning are built from."""
+    make, differentiable = KINDS[kind]
+
+    def ours(**given: Any) -> dict[str, Tensor]:
+        stats = gk.linear_cross_entropy(**given, return_stats=True)
+        return {"loss": stats.loss, "lse": stats.lse, "log_prob": stats.log_prob, "entropy": stats.entropy}
+
+    def theirs(**given: Any) -> dict[str, Tensor]:
+        logits = F.linear(given["input"], given["linear_weight"], given["linear_bias"])
+        target, log_p = given["target"], torch.log_softmax(logits, 1)
+        counts = torch.ones(20) if kind == "probabilities" else (target != -100).to(logits)
+        log_prob = (
+            (log_p * target).sum(1) if kind == "probabilities" else log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        )
+        entropy = -(log_p.exp() * log_p).sum(1)
+        rows = {"lse": torch.logsumexp(logits, 1), "log_prob": log_prob, "entropy": entropy}
+        return {"loss": _oracle(**given)} | {name: row * counts.to(row) for name, row in rows.items()}
+
+    check_outputs(ours, theirs, make(), differentiable)
+    stats = gk.linear_cross_entropy(**make(), return_stats=True)
+    assert stats.n_valid == (13 if kind == "labels" else 20)
+    assert stats.n_correct <= stats.n_valid
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_precision(path: str, reduction: str) -> None:
+    check(gk.linear_cross_entropy, _oracle, _in(torch.float64, _labels(reduction=reduction)), LAYER)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_half_precision(path: str, dtype: torch.dtype, reduction: str) -> None:
+    """The rounding of the logits, which are torch's own, hides the rest: the error may be larger by an eighth."""
+    given = _in(dtype, _labels(n_classes=2000, reduction=reduction))
+    # Triton's interpreter cuts bits off where it stores bfloat16, which a GPU rounds.
+    factor = 2.5 if path == "triton" and INTERPRETED and dtype == torch.bfloat16 else 1.125
+
+    def gradients(loss: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = {name: given[name].to(dtype).requires_grad_() for name in LAYER}
+        rows = loss(**given | leaves)
+        factors = torch.linspace(0.5, 1.5, rows.numel()).to(rows).reshape(rows.shape)
+        return [rows.detach(), *torch.autograd.grad((rows * factors).sum(), list(leaves.values()))]
+
+    exact, theirs, ours = (
+        gradients(_oracle, torch.float64), gradients(_oracle, dtype), gradients(gk.linear_cross_entropy, dtype)
+    )  # fmt: skip
+    for e, a, b in zip(exact, theirs, ours, strict=True):
+        assert b.dtype == dtype
+        if e.dim():
+            assert (b - e).norm() <= factor * (a - e).norm()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 3, 5)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_leading_dimensions(path: str, shape: tuple[int, ...], reduction: str) -> None:
+    n_rows = math.prod(shape)
+    given = _labels(n_rows, reduction=reduction)
+    given["target"][-1] = 5
+    given |= {"input": given["input"].reshape(*shape, 12), "target": given["target"].reshape(shape)}
+    check(gk.linear_cross_entropy, _oracle, given, LAYER)
+
+
+def test_loss_of_several_dimensions(path: str) -> None:
+    """A weight (V, d1, ..., D), as torch has it."""
+    given = {"input": torch.randn(6, 5), "linear_weight": torch.randn(9, 2, 3, 5), "target": torch.randint(9, (6, 2, 3))}
+    given["linear_bias"] = torch.randn(9, 2, 3)
+
+    def theirs(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+        return F.cross_entropy(torch.einsum("nd,vabd->nvab", input, linear_weight) + linear_bias, target)
+
+    check(gk.linear_cross_entropy, theirs, given, LAYER)
+
+
+def test_strided_operands(path: str) -> None:
+    given = _labels()
+    given["input"] = torch.randn(20, 24)[:, ::2]
+    given["linear_weight"] = torch.randn(12, 300).t()
+    check(gk.linear_cross_entropy, _oracle, given, LAYER)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_known_failure_ignored_rows_of_nan(path: str, reduction: str) -> None:
+    """0 * NaN would poison the whole gradient of the weight."""
+    given = _labels(reduction=reduction)
+    clean = copy.deepcopy(given)
+    given["input"][given["target"] == -100] = NAN
+    clean["input"][clean["target"] == -100] = 0.0
+    for x in (given, clean):
+        for name in LAYER:
+            x[name].requires_grad_()
+        gk.linear_cross_entropy(**x).sum().backward()
+    for name in LAYER:
+        assert torch.equal(given[name].grad, clean[name].grad)
+    assert not given["input"].grad[1::3].any()
+
+
+def test_all_ignored_and_no_rows(path: str) -> None:
+    given = _labels()
+    given["target"].fill_(-100)
+    for reduction, expected in (("mean", NAN), ("sum", 0.0)):
+        given["linear_weight"].requires_grad_().grad = None
+        loss = gk.linear_cross_entropy(**given, reduction=reduction)
+        assert loss.isnan() if math.isnan(expected) else loss == expected
+        loss.backward()
+        assert not given["linear_weight"].grad.any()
+    empty = given | {"input": torch.empty(0, 12), "target": torch.empty(0, dtype=torch.int64)}
+    assert gk.linear_cross_entropy(**empty, reduction="none").shape == (0,)
+    total = gk.linear_cross_entropy(**empty, reduction="sum")
+    total.backward()
+    assert total == 0.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_known_failure_retained_graph(path: str, reduction: str) -> None:
+    """A gradient made in forward is given away once; the next backward makes the same bits again."""
+    given = _labels(reduction=reduction)
+    leaves = [given[name].requires_grad_() for name in LAYER]
+    loss = (gk.linear_cross_entropy(**given) * 3.0).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    for again in (torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves)):
+        assert all(map(torch.equal, again, kept))
+
+
+def test_second_derivatives() -> None:
+    for reduction in ("mean", "none"):
+        given = _labels(7, 11, reduction=reduction, softcap=3.0, z_loss=0.1)
+        check_second_derivatives(gk.linear_cross_entropy, _oracle, given, LAYER)
+
+
+@pytest.mark.interpreter
+def test_second_derivatives_of_the_kernels() -> None:
+    with gk.backend("triton"):
+        check_second_derivatives(gk.linear_cross_entropy, _oracle, _labels(7, 11), LAYER)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inputs_are_unchanged(path: str, kind: str, reduction: str) -> None:
+    make, differentiable = KINDS[kind]
+    given = make(reduction=reduction)
+    before = copy.deepcopy(given)
+    loss = gk.linear_cross_entropy(**{k: v.requires_grad_() if k in differentiable else v for k, v in given.items()})
+    loss.sum().backward()
+    for name, tensor in before.items():
+        assert not isinstance(tensor, Tensor) or torch.equal(given[name], tensor), name
+
+
+@pytest.mark.parametrize("learning", [("input",), ("linear_weight",), ("linear_bias",), ("input", "linear_bias")])
+def test_nothing_is_computed_for_what_does_not_learn(path: str, learning: tuple[str, ...], monkeypatch: Any) -> None:
+    made: list[chunks.Gradients] = []
+    result = chunks._Sums.result
+    monkeypatch.setattr(chunks._Sums, "result", lambda self: made.append(result(self)) or made[-1])
+    check(gk.linear_cross_entropy, _oracle, _labels(), learning)
+    for gradients in made:
+        assert {name for name in LAYER if getattr(gradients, name) is not None} == set(learning)
+
+
+def test_without_gradients_nothing_is_made(path: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(chunks, "_Sums", None)
+    with torch.no_grad():
+        given = {k: v.requires_grad_() if k in LAYER else v for k, v in _labels().items()}
+        gk.testing.assert_close(gk.linear_cross_entropy(**given), _oracle(**_in(torch.float64, given)), _oracle(**given))
+
+
+@pytest.fixture
+def logits_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each chunk."""
+    seen: list[int] = []
+    cut = chunks.equal_chunks
+
+    def watched(n_rows: int, most: int) -> Iterator[slice]:
+        for rows in cut(n_rows, most):
+            seen.append(rows.stop - rows.start)
+            yield rows
+
+    monkeypatch.setattr(chunks, "equal_chunks", watched)
+    return seen
+
+
+def test_chunks_are_equal_and_never_the_whole_batch(logits_rows: list[int]) -> None:
+    gk.linear_cross_entropy(**_labels(20))
+    assert logits_rows == [7, 7, 6]
+    for given, expected in (
+        ({"batch_chunk_size": 19}, [10, 10]),
+        ({"batch_chunk_size": 6}, [5] * 4),
+        ({"memory_budget": 2 * 9 * 300 * 4}, [7, 7, 6]),
+    ):
+        logits_rows.clear()
+        gk.linear_cross_entropy(**_labels(20), options=gk.LinearCrossEntropyOptions(**given))
+        assert logits_rows == expected
+
+
+def test_torchs_own_options(logits_rows: list[int]) -> None:
+    kind = getattr(torch.nn, "LinearCrossEntropyOptions", gk.LinearCrossEntropyOptions)
+    check(gk.linear_cross_entropy, _oracle, _labels(), LAYER)
+    logits_rows.clear()
+    gk.linear_cross_entropy(**_labels(), options=kind(batch_chunk_size=10, chunking_method=None))
+    assert logits_rows == [10, 10]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gathered_rows(path: str, reduction: str, logits_rows: list[int]) -> None:
+    given = _labels(reduction=reduction, row_weight=torch.rand(20) + 0.5)
+    gather = gk.LinearCrossEntropyOptions(gather_rows=True)
+    check(lambda **g: gk.linear_cross_entropy(**g, options=gather), _oracle, given, LAYER)
+    assert set(logits_rows) <= {6, 7}
+    stats = gk.linear_cross_entropy(**given, options=gather, return_stats=True)
+    whole = gk.linear_cross_entropy(**given, return_stats=True)
+    gk.testing.assert_close(stats.lse, whole.lse.double())
+    assert stats.n_valid == whole.n_valid
+
+
+def test_chunk_size_does_not_change_the_result(path: str) -> None:
+    given = _labels(reduction="none")
+    for size in (1, 7, 20):
+        check(gk.linear_cross_entropy, _oracle, given, LAYER)
+        rows = gk.linear_cross_entropy(**given, options=gk.LinearCrossEntropyOptions(batch_chunk_size=size))
+        gk.testing.assert_close(rows, _oracle(**_in(torch.float64, given)), _oracle(**given))
+
+
+def test_ten_runs_give_the_same_bits(path: str) -> None:
+    given = _labels()
+    runs = []
+    for _ in range(10):
+        leaves = [given[name].detach().requires_grad_() for name in LAYER]
+        loss = gk.linear_cross_entropy(**given | dict(zip(LAYER, leaves, strict=True)))
+        runs.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_activation_checkpointing(path: str) -> None:
+    given = _labels()
+    hidden, weight = given["input"].requires_grad_(), given["linear_weight"].requires_grad_()
+
+    def loss(hidden: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(hidden.tanh(), weight, given["target"])
+
+    wanted = torch.autograd.grad(loss(hidden), [hidden, weight])
+    found = torch.autograd.grad(checkpoint(loss, hidden, use_reentrant=False), [hidden, weight])
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_autocast(path: str, device: torch.device) -> None:
+    given = _labels()
+    leaves = [given[name].requires_grad_() for name in LAYER]
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = gk.linear_cross_entropy(**given)
+        like = _oracle(**given)
+    assert loss.dtype == torch.float32
+    exact = _oracle(**_in(torch.float64, given))
+    gk.testing.assert_close(loss, exact, like)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(path: str, compiler: str, reduction: str) -> None:
+    """One graph for every number of rows, ignored ones among them."""
+    torch._dynamo.reset()
+
+    def step(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(input, linear_weight, target, reduction=reduction).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compiler)
+    for n_rows in (20, 12, 17):
+        given = _labels(n_rows, bias=False)
+        leaves = [given["input"].requires_grad_(), given["linear_weight"].requires_grad_()]
+        found, wanted = compiled(*leaves, given["target"]), step(*leaves, given["target"])
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
+
+
+def test_functional_transforms() -> None:
+    given = _labels(bias=False)
+    x, w, target = given["input"], given["linear_weight"], given["target"]
+    leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    wanted = torch.autograd.grad(gk.linear_cross_entropy(*leaves, target), leaves)
+    torch.testing.assert_close(torch.func.grad(gk.linear_cross_entropy, (0, 1))(x, w, target), wanted)
+    rows = torch.func.vmap(lambda row, label: gk.linear_cross_entropy(row, w, label))(x, target.clamp(min=0))
+    torch.testing.assert_close(rows, F.cross_entropy(x @ w.t(), target.clamp(min=0), reduction="none"))
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "width": ({"linear_weight": torch.ones(300, 11)}, RuntimeError, "expected equal input and linear_weight last"),
+    "bias": ({"linear_bias": torch.ones(299)}, RuntimeError, "expected linear_bias shape"),
+    "bias dtype": ({"linear_bias": torch.ones(300, dtype=torch.float64)}, RuntimeError, "linear_bias must have the input's"),
+    "weight dtype": ({"linear_weight": torch.ones(300, 12).double()}, RuntimeError, "linear_weight must have the input's"),
+    "integer weight": ({"linear_weight": torch.ones(300, 12).long()}, NotImplementedError, "linear_weight must be"),
+    "empty weight": ({"linear_weight": torch.ones(0)}, RuntimeError, "is empty: if its parameters are sharded"),
+    "vector weight": ({"linear_weight": torch.ones(12)}, RuntimeError, r"linear_weight must have shape \(V, D\)"),
+    "scalar input": ({"input": torch.ones(())}, RuntimeError, "0-d"),
+    "target shape": ({"target": torch.zeros(19).long()}, RuntimeError, "target of class indices must have the shape"),
+    "probability shape": ({"target": torch.zeros(20, 299)}, RuntimeError, "target of probabilities must have the shape"),
+    "label": ({"target": torch.full((20,), 300)}, IndexError, "Target 300 is out of bounds"),
+    "ignore_index with probabilities": (
+        {"target": torch.zeros(20, 300), "ignore_index": 3}, RuntimeError, "ignore_index cannot be specified",
+    ),
+    "reduction": ({"reduction": "batchmean"}, ValueError, "reduction"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+    "row weight": ({"row_weight": torch.ones(19)}, ValueError, "row_weight must have the shape"),
+    "divisor": ({"divisor": 3.0, "reduction": "sum"}, ValueError, "divisor"),
+    "shard": ({"vocab_shard": object()}, NotImplementedError, "vocab_shard"),
+    "budget": ({"options": gk.LinearCrossEntropyOptions(memory_budget=100)}, ValueError, "too small for one row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("chosen", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_bad_input(chosen: str, name: str) -> None:
+    given, error, message = BAD[name]
+    with gk.backend(chosen), gk.testing.count_launches() as launches, pytest.raises(error, match=message):
+        gk.linear_cross_entropy(**_labels() | given)
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"acc_policy": "exact"}, "invalid acc_policy"),
+        ({"chunking_method": "rows"}, "invalid chunking_method"),
+        ({"chunking_method": "aspect_ratio:0"}, "invalid chunking_method"),
+        ({"batch_chunk_size": 0}, "batch_chunk_size must be positive"),
+        ({"memory_budget": True}, "memory_budget must be positive"),
+        ({"acc_dtype": torch.int32}, "acc_dtype must be"),
+    ],
+)
+def test_bad_options(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gk.LinearCrossEntropyOptions(**given)
+
+
+def test_module(path: str) -> None:
+    module = gk.LinearCrossEntropyLoss(12, 300, bias=True, weight=torch.rand(300) + 0.5, z_loss=0.01)
+    assert isinstance(module, getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module))
+    given = _labels()
+    own = {"linear_weight": module.linear.weight, "linear_bias": module.linear.bias, "weight": module.weight}
+    wanted = gk.linear_cross_entropy(**given | own, z_loss=0.01)
+    for same in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(same(given["input"], given["target"]), wanted)
+
+
+def test_fused_head(path: str) -> None:
+    linear = torch.nn.Linear(12, 300)
+    head = gk.FusedLMHead.from_linear(linear, softcap=3.0)
+    assert head.weight is linear.weight
+    assert head.bias is linear.bias
+    given = _labels()
+    assert torch.equal(head(given["input"]), linear(given["input"]))
+    loss = head(given["input"], given["target"], z_loss=0.01)
+    direct = {"linear_weight": linear.weight, "linear_bias": linear.bias, "softcap": 3.0, "z_loss": 0.01}
+    assert torch.equal(loss, gk.linear_cross_entropy(**given | direct))
+    with pytest.raises(TypeError, match="soft_cap"):
+        gk.FusedLMHead(3, 4, soft_cap=1.0)
+
+
+def test_known_failure_probability_near_one(path: str) -> None:
+    """p - 1 keeps its digits where the label has almost all the mass."""
+    given = _labels(bias=False, reduction="sum")
+    given["target"] = torch.arange(20)
+    given["linear_weight"] = torch.eye(300, 12).clone()
+    given["target"].clamp_(max=11)
+    given["input"] = torch.eye(12)[given["target"]] * 22.0
+    check(gk.linear_cross_entropy, _oracle, given, ("input", "linear_weight"))
+
+
+def test_aligned_classes(path: str) -> None:
+    given = _labels(bias=False)
+    given["input"], given["linear_weight"] = aligned(20, 16), aligned(304, 16)
+    check(gk.linear_cross_entropy, _oracle, given, ("input", "linear_weight"))
