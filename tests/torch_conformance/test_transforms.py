@@ -160,10 +160,32 @@ def test_opcheck_elementwise(which: str, dtype: torch.dtype, path: str, device: 
     _check(backward, loss, *tensors, mask, torch.ones_like(result), kept, *formula, needed, triton)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_opcheck_linear_cross_entropy(soft: bool, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    draw = Draw(device, torch.float32)
+    target = draw.probabilities(6, 7) if soft else draw.labels(7, 6)
+    tensors = [draw.normal(6, 4), draw.normal(7, 4), draw.normal(7), target, draw.positive(7), draw.positive(6)]
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    formula, needed, triton = [-100, 0.1, 3.0, 0.7, 0.01], 0b1111 if soft else 0b0111, path == "triton"
+    operators = torch.ops.genloss
+    _check(
+        operators.linear_cross_entropy_reduced.default, *tensors, None, *formula, None, MEAN, 4, needed, dtype, triton
+    )  # fmt: skip
+    for stats in (False, True):
+        rows = _check(operators.linear_cross_entropy_rows.default, *tensors, *formula, stats, 4, triton)
+        upstream = [torch.ones_like(rows[0]), *(torch.ones_like(r) if stats else None for r in rows[1:4])]
+        _check(
+            operators.linear_cross_entropy_rows_backward.default,
+            *tensors, rows[6], rows[3], *upstream, *formula, stats, 4, needed, triton,
+        )  # fmt: skip
+
+
 def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
     families = ("cross_entropy", "elementwise", "nll_loss")
-    assert names == {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
+    both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
+    assert names == both_ways | {f"genloss::linear_cross_entropy_{name}" for name in ("reduced", "rows", "rows_backward")}
 
 
 # --- finite differences ----------------------------------------------------------------------------------------------
