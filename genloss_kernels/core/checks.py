@@ -20,7 +20,7 @@ def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
     if not value.is_floating_point() or value.dtype.itemsize == 1:
         raise NotImplementedError(
-            f"{name} must be a real floating point tensor, got {value.dtype}: convert it with .float()"
+            f"{name} must be a real floating point tensor of at least 16 bits, got {value.dtype}: convert it with .float()"
         )
 
 
