@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,3 +39,13 @@ def test_value_and_gradient() -> None:
 def test_under_a_functorch_transform() -> None:
     """There only the long way sees the transform."""
     assert torch.func.grad(_twice)(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+
+
+# Dynamo makes an instance of every Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled() -> None:
+    """There only the long way can be traced."""
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(_twice, fullgraph=True, backend="aot_eager")(x).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]

@@ -13,6 +13,7 @@ from torch import Tensor
 import genloss_kernels as gk
 from genloss_kernels.cases import cross_entropy_oracle
 from genloss_kernels.core import launch
+from genloss_kernels.core.launch import Tile
 from genloss_kernels.losses.cross_entropy import api, eager
 
 from .comparison import (
@@ -149,6 +150,15 @@ def test_shares_of_a_row(path: str, split: None, shape: tuple[int, ...], kind: A
         check(gk.cross_entropy, cross_entropy_oracle, kind(logits))
 
 
+def test_many_shares_of_a_row(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than a power of two, all of which the merge must see: the last holds the largest logit."""
+    monkeypatch.setattr(launch, "splits", lambda *_: 17)
+    monkeypatch.setattr(launch, "row_tile", lambda *_, **__: Tile(64, 4))
+    logits = aligned(2, 17 * 64)
+    logits[:, -1] = 20.0
+    check(gk.cross_entropy, F.cross_entropy, _indices(logits))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtype(path: str, dtype: torch.dtype) -> None:
     """Blocks, tail and edges of each width of element; the row statistics stay in fp32 (fp64)."""
@@ -257,6 +267,13 @@ def test_expanded_input(path: str) -> None:
         return lambda input: function(input.expand(6, 300), target)
 
     check(expanded(gk.cross_entropy), expanded(cross_entropy_oracle), {"input": aligned(1, 300)})
+
+
+@pytest.mark.parametrize("n_cols", [301, 5003])
+def test_probabilities_of_strided_classes_in_long_rows(path: str, n_cols: int) -> None:
+    """Rows of one tile and of several, whose probabilities are not neighbours in memory as the logits are."""
+    target = torch.softmax(torch.randn(3, 2 * n_cols), 1)[:, ::2]
+    check(gk.cross_entropy, cross_entropy_oracle, {"input": aligned(3, n_cols), "target": target})
 
 
 def test_labels_of_one_byte(path: str) -> None:
@@ -772,7 +789,7 @@ def test_gradient_in_place(shape: tuple[int, ...], kind: Any) -> None:
         # Where only the target has a gradient there is nothing to write over.
         if kind is _probabilities:
             target = arguments["target"].clone().requires_grad_()
-            given = {**arguments, "input": leaf.detach(), "target": target, "inplace_backward": True}
+            given = {**arguments, "input": leaf.detach().clone(), "target": target, "inplace_backward": True}
             torch.autograd.grad(gk.cross_entropy(**given), target)
             assert torch.equal(given["input"], leaf)
 

@@ -13,6 +13,7 @@ import genloss_kernels as gk
 from genloss_kernels.core import elementwise, elementwise_op
 from genloss_kernels.core import reduction as reducing
 from genloss_kernels.core.launch import ELEMENTWISE_TILES, Tile
+from genloss_kernels.core.reduction import Reduction
 from genloss_kernels.losses.gaussian_kl import api
 
 from .comparison import DTYPES, aligned, check, check_second_derivatives, no_synchronisation, untouched
@@ -164,6 +165,24 @@ def test_capacity(path: str, shape: tuple[int, ...], reduction: str) -> None:
 
 def _gaussian_values(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {name: arguments[name].double() for name in NAMES if name in arguments}
+
+
+@pytest.mark.parametrize("upstream", [torch.arange(12.0)[::2], torch.tensor(0.5).expand(6)], ids=["every second", "one"])
+def test_strided_upstream_of_samples(path: str, upstream: Tensor) -> None:
+    """Nothing between the sums over samples and the caller makes the upstream gradient contiguous."""
+    mu, logvar = (t.requires_grad_() for t in _gaussians((6, 33), (6, 33)).values())
+    operands = (mu, logvar, None, None)
+    sums = elementwise_op.apply(
+        api.NAME, operands, None, (0.0, 0.0, 0.0), 0, Reduction.SAMPLE, torch.float32,
+        triton=path == "triton", by_reference=False,
+    )  # fmt: skip
+    oracle = _oracle(mu.double(), logvar.double(), reduction="none").sum(1)
+    for found, wanted in zip(
+        torch.autograd.grad(sums, (mu, logvar), upstream),
+        torch.autograd.grad(oracle, (mu, logvar), upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_capacity_of_long_samples(path: str) -> None:
