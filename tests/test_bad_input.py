@@ -97,6 +97,7 @@ def _labelled(loss: str) -> Iterator[Row]:
         yield Row(loss, {"reduction": value}, ValueError, "is not a valid value for reduction")
     for value in (1.5, "1", None, True):
         yield Row(loss, {"ignore_index": value}, TypeError, "ignore_index must be int, not")
+    yield Row(loss, {"ignore_index": 2**63}, ValueError, "ignore_index must fit into 64 bits")
     outside = "is out of bounds: target must hold class indices from 0 to 4, or ignore_index"
     for bad in (5, -1, 2**40, -(2**40)):
         yield Row(loss, {"target": _labels(0, bad, 2, 3)}, IndexError, f"Target {bad} {outside}")

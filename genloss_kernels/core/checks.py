@@ -37,6 +37,8 @@ def number(name: str, value: Any) -> None:
 def integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be int, not {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
 
 
 def flag(name: str, value: Any) -> None:
