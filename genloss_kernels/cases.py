@@ -54,7 +54,7 @@ class Case:
 
     ``make`` draws the call for a device and dtype; ``oracle`` computes the loss by plain torch operators from the same
     arguments, in whatever dtype these have; ``builtin`` is what a user would write with torch, and None where that is the
-    oracle too.
+    oracle too. ``products`` says that results are sums of products of tensors that are stored in the call's dtype.
     """
 
     loss: str
@@ -65,6 +65,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     uses: frozenset[str] = field(default_factory=frozenset)
     autocast: bool = False
+    products: bool = False
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -122,6 +123,31 @@ def cross_entropy_oracle(
     if reduction == "sum":
         return rows.sum()
     return rows.sum() / (normalizer.sum() if divisor is None else divisor)
+
+
+def linear_cross_entropy_oracle(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    row_weight: Tensor | None = None,
+    options: Any = None,
+    **rest: Any,
+) -> Tensor:
+    """Cross entropy of logits that exist in full; how many at a time, ``options``, makes no difference."""
+    shape, n_classes = input.shape[:-1], linear_weight.size(0)
+    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, n_classes)
+    target = target.reshape(-1, n_classes) if target.is_floating_point() else target.reshape(-1)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    row_weight = None if row_weight is None else row_weight.reshape(-1)
+    loss = cross_entropy_oracle(logits, target, ignore_index=ignore_index, row_weight=row_weight, **rest)
+    return loss.reshape(shape) if rest.get("reduction") == "none" else loss
+
+
+def linear_cross_entropy_usual(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """What most training scripts do."""
+    return F.cross_entropy(F.linear(input, linear_weight), target)
 
 
 def gaussian_kl_oracle(
@@ -258,6 +284,7 @@ _DTYPES_32 = (torch.float32,)
 def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
     oracle = {
         "cross_entropy": cross_entropy_oracle,
+        "linear_cross_entropy": linear_cross_entropy_oracle,
         "nll_loss": F.nll_loss,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
@@ -313,6 +340,56 @@ def _flat(make: Callable[..., Callable[..., Call]], **options: Any) -> Callable[
         return make(rows, 1024, **options)(generator, device, dtype)
 
     return sized
+
+
+def _linear(
+    n_rows: int, width: int, n_classes: int, bias: bool = False, probabilities: bool = False, **options: Any
+) -> Callable[..., Call]:
+    """Hidden states and a layer whose logits vary by some units; every third row of labels is ignored."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        target = _labels(generator, device, n_classes, n_rows, ignored=True)
+        if probabilities:
+            target = torch.softmax(normal(n_rows, n_classes), 1).to(dtype)
+        tensors = {
+            "input": normal(n_rows, width).to(dtype),
+            "linear_weight": (normal(n_classes, width) / width**0.5).to(dtype),
+        }
+        if bias:
+            tensors["linear_bias"] = normal(n_classes).to(dtype)
+        return Call(tensors | {"target": target} | options, tuple(tensors))
+
+    return make
+
+
+# (tokens, features, vocabulary) of a benchmark on a GPU and on a CPU.
+_HEAD_CUDA, _HEAD_CPU = (8192, 4096, 128256), (2048, 256, 32000)
+
+
+def _head(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+    return _linear(*(_HEAD_CPU if device.type == "cpu" else _HEAD_CUDA))(generator, device, dtype)
+
+
+def _linear_cross_entropy() -> Iterator[Case]:
+    loss = "linear_cross_entropy"
+    chunks = functional.LinearCrossEntropyOptions(batch_chunk_size=16)
+
+    def case(name: str, make: Any, *uses: str, **rest: Any) -> Case:
+        return _case(loss, name, make, *uses, products=True, **rest)
+
+    yield case("one chunk 24 x 64 x 5003", _linear(24, 64, 5003), DOCTOR)
+    yield case("chunks 40 x 32 x 1003", _linear(40, 32, 1003, bias=True, options=chunks), DOCTOR)
+    yield case("per row", _linear(40, 32, 1003, reduction="none", bias=True), DOCTOR)
+    every: dict[str, Any] = {
+        "label_smoothing": 0.1, "softcap": 30.0, "logit_scale": 0.7, "z_loss": 1e-3, "divisor": 37.0,
+    }  # fmt: skip
+    yield case("every option", _linear(40, 32, 1003, bias=True, **every), DOCTOR)
+    yield case("probabilities", _linear(40, 32, 1003, probabilities=True, reduction="sum"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield case("training step", _head, BENCH, builtin=linear_cross_entropy_usual, dtypes=(dtype,))
 
 
 def _nll_loss() -> Iterator[Case]:
@@ -381,6 +458,7 @@ def _mse_loss() -> Iterator[Case]:
 
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
+    *_linear_cross_entropy(),
     *_nll_loss(),
     *_binary_cross_entropy(),
     *_gaussian_kl(),

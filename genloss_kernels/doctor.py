@@ -106,9 +106,10 @@ def examine(
         finding.launches = dict(launches)
         # Drawn again, since a loss may have written over its input.
         call = case.call(device, dtype)
-        expected, yardstick = _run(case.oracle, call.fresh(torch.float64)), _run(case.oracle, call.fresh(like))
+        expected = _run(case.oracle, call.fresh(torch.float64))
+        yardstick = _run(case.oracle, call.fresh(dtype if case.products and dtype.itemsize == 2 else like))
         for name, result in results.items():
-            finding.tensors[name] = compare(result, expected[name], yardstick[name])
+            finding.tensors[name] = compare(result, expected[name], yardstick[name], products=case.products)
         wrong = [name for name, comparison in finding.tensors.items() if not comparison.passed]
         if wrong:
             finding.problem = f"beyond the tolerance: {', '.join(wrong)}"

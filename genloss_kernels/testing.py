@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
         return self.error / self.allowed if self.allowed else self.error
 
 
-def compare(actual: Tensor, expected: Tensor, like: Tensor | None = None) -> Comparison:
+def compare(actual: Tensor, expected: Tensor, like: Tensor | None = None, *, products: bool = False) -> Comparison:
     """Compare a result with float64 and return its worst element; see :func:`assert_close` for what is allowed."""
     if expected.dtype != torch.float64:
         raise TypeError(f"expected must be computed in float64, got {expected.dtype}")
@@ -96,6 +96,8 @@ def compare(actual: Tensor, expected: Tensor, like: Tensor | None = None) -> Com
     top = math.frexp(exact.abs().max().item())[1]
     floor = _ROUNDINGS * row.arithmetic * exact.square().mean().sqrt().item()
     own = None if like is None else row.factor * _own_errors(like.detach().reshape(-1), exact, top, actual.dtype)
+    if own is not None and products:
+        own = own.max().expand_as(own)
     for start in range(0, exact.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
         exponent = _exponent(exact[part])
@@ -138,7 +140,9 @@ def _own_errors(like: Tensor, exact: Tensor, top: int, dtype: torch.dtype) -> Te
     return scale * excused.flip(0).cummax(0).values.flip(0)
 
 
-def assert_close(actual: Tensor, expected: Tensor, like: Tensor | None = None, name: str = "result") -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, like: Tensor | None = None, name: str = "result", *, products: bool = False
+) -> None:
     """Fail unless ``actual`` is as close to the float64 ``expected`` as torch's own result ``like`` lets one ask.
 
     An element x of the expected result may be off by the sum of
@@ -157,9 +161,12 @@ def assert_close(actual: Tensor, expected: Tensor, like: Tensor | None = None, n
     arithmetic is in float32 too. It is the only one of float64, since nothing more precise is at hand to measure
     torch's float64 errors: there float32's stand in, scaled by the ratio of the units.
 
+    ``products`` says that the result is a sum of products, whose error is that of its terms however small it is itself:
+    then the largest error that ``like`` shows counts for every element.
+
     NaN, infinities and values beyond the dtype's range must be the same.
     """
-    found = compare(actual, expected, like)
+    found = compare(actual, expected, like, products=products)
     if not found.passed:
         raise AssertionError(
             f"{name} ({actual.dtype}, shape {list(actual.shape)}) is off by {found.error:.3g} "

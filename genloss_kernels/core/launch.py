@@ -92,6 +92,9 @@ _HEAVY_ROW_TILES = {
     8: (Tile(256, 4), Tile(1024, 8)),
 }
 
+# With both passes in one kernel 16 elements in each of 256 threads spill, for labels as well.
+_TWICE_ROW_TILES = {**_ROW_TILES, 2: (Tile(1024, 4), Tile(1024, 4))}
+
 # Rows shorter than this share a program: a whole program for 256 columns would leave most lanes masked.
 SHORT_ROW = 256
 
@@ -110,9 +113,12 @@ ELEMENTWISE_TILES = {2: Tile(1024, 4), 4: Tile(1024, 4), 8: Tile(512, 4)}
 REDUCTION_TILE = Tile(1024, 4)
 
 
-def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False) -> Tile:
-    """Tile for one row of ``n_cols`` elements of ``itemsize`` bytes; ``heavy`` rows carry more than maximum and total."""
-    short, long = (_HEAVY_ROW_TILES if heavy else _ROW_TILES)[itemsize]
+def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = False) -> Tile:
+    """Tile for one row of ``n_cols`` elements of ``itemsize`` bytes.
+
+    ``heavy`` rows carry more than maximum and total; a kernel that goes over the row ``twice`` keeps both passes' numbers.
+    """
+    short, long = (_HEAVY_ROW_TILES if heavy else _TWICE_ROW_TILES if twice else _ROW_TILES)[itemsize]
     return short if n_cols <= 4 * short.block else long
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import functional
 from ..cases import BENCH, CASES
 from ..core import launch
-from .layouts import Layout, empty, layouts, shifted
+from .layouts import MANY, Layout, empty, layouts, shifted
 from .operators import meta_call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -96,6 +96,40 @@ def _cross_entropy(layout: Layout, thorough: bool) -> Iterator[Configuration]:
                 chosen, kind = options | {"reduction": reduction}, f"{name}, {reduction}"
                 yield configuration(kind, chosen, results=results)
                 yield configuration(f"{kind}, probabilities", chosen, probabilities, *both, results=results)
+
+
+def _linear_cross_entropy(layout: Layout, thorough: bool) -> Iterator[Configuration]:
+    """Layers whose chunks of logits have as many columns: the kernel that makes loss and gradient at once.
+
+    Logits are contiguous there, and rows too many to be shared; shared and short rows go through cross entropy's kernels.
+    """
+    logits = layout.logits
+    if logits.dim() != 2 or not logits.is_contiguous() or logits.size(1) <= launch.SHORT_ROW or logits.storage_offset():
+        return
+    if logits.size(0) != MANY:
+        return
+    dtype, n_rows, n_classes = logits.dtype, 2 * MANY, logits.size(1)
+    weight = {"weight": empty(n_classes, dtype=dtype)}
+    rows = {"row_weight": empty(n_rows, dtype=dtype)}
+    smoothing, softcap = {"label_smoothing": 0.1}, {"softcap": 30.0}
+    indices = torch.empty(n_rows, dtype=torch.int64, device="meta")
+    probabilities = empty(n_rows, n_classes, dtype=dtype)
+    layer = ("input", "linear_weight")
+
+    def configuration(name: str, options: dict[str, Any], target: Tensor, *differentiable: str) -> Configuration:
+        tensors = {"input": empty(n_rows, 64, dtype=dtype), "linear_weight": empty(n_classes, 64, dtype=dtype)}
+        arguments = {**tensors, "target": target, **options}
+        return Configuration(f"{layout.name}, {name}", "linear_cross_entropy", arguments, differentiable or layer)
+
+    full = smoothing | softcap | weight | rows
+    yield configuration("plain", {}, indices)
+    if layout.depth >= 1 or thorough:
+        yield configuration("every option", full, indices)
+        yield configuration("every option, probabilities", full, probabilities, *layer, "target")
+        yield configuration("probabilities", {}, probabilities)
+    if layout.depth >= 2 or thorough:
+        for options in (smoothing, softcap, weight, rows, {"divisor": 37.0}, weight | smoothing):
+            yield configuration(" and ".join(options), options, indices)
 
 
 def _nll_loss(layout: Layout, thorough: bool) -> Iterator[Configuration]:
@@ -208,10 +242,11 @@ def configurations(dtype: torch.dtype, *, thorough: bool = False) -> Iterator[Co
         if not brief or layout.depth >= 1:
             chosen = layout._replace(depth=1) if brief else layout
             yield from _cross_entropy(chosen, thorough)
+            yield from _linear_cross_entropy(chosen, thorough)
             yield from _nll_loss(chosen, thorough)
     yield from _binary_cross_entropy(dtype, thorough, brief)
     yield from _gaussian_kl(dtype, thorough, brief)
     yield from _cases(dtype)
 
 
-_TABLED = frozenset({"cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "gaussian_kl"})
+_TABLED = frozenset({"cross_entropy", "linear_cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "gaussian_kl"})

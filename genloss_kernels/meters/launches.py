@@ -23,6 +23,10 @@ _OPERATORS = {
     ("gaussian_kl", "learned prior"): (0, 2),
     # The distance from the capacity, on one number a sample.
     ("gaussian_kl", "capacity"): (3, 3),
+    # Three products a chunk, the gradient of the bias beside them, and what the loss and its divisor are summed from.
+    ("linear_cross_entropy", "chunks"): (25, 0),
+    ("linear_cross_entropy", "per row"): (6, 7),
+    ("linear_cross_entropy", ""): (11, 0),
     # The sum of the weights, and dividing by it.
     ("mse_loss", "weighted"): (2, 1),
 }

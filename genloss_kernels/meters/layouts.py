@@ -12,7 +12,7 @@ from ..core import launch
 from ..core.backend import DEFAULT_MULTIPROCESSORS
 
 # Many rows: no sharing of a row among programs. Few: long rows are shared.
-_MANY, _FEW = 4 * DEFAULT_MULTIPROCESSORS, 16
+MANY, _FEW = 4 * DEFAULT_MULTIPROCESSORS, 16
 
 
 class Layout(NamedTuple):
@@ -57,22 +57,22 @@ def _row_layouts(dtype: torch.dtype) -> Iterator[Layout]:
         longest = columns == max(lengths)
         name = f"rows of {columns}"
         # Ragged rows run all of the aligned rows' code and more.
-        yield Layout(f"{name}, ragged", empty(_MANY, columns - 1, dtype=dtype), 1 + longest)
-        yield Layout(f"{name}, aligned", empty(_MANY, columns, dtype=dtype), 1 if longest else 0)
-        yield Layout(f"{name}, unaligned", shifted(_MANY, columns, dtype=dtype), 0)
+        yield Layout(f"{name}, ragged", empty(MANY, columns - 1, dtype=dtype), 1 + longest)
+        yield Layout(f"{name}, aligned", empty(MANY, columns, dtype=dtype), 1 if longest else 0)
+        yield Layout(f"{name}, unaligned", shifted(MANY, columns, dtype=dtype), 0)
         if any(_shared(columns, tile) for tile in _row_tiles(columns, itemsize)):
             yield Layout(f"{name}, shared, ragged", empty(_FEW, columns - 1, dtype=dtype), 1 if longest else 0)
             yield Layout(f"{name}, shared, aligned", empty(_FEW, columns, dtype=dtype), 0)
         if not longest:
             continue
         yield Layout(f"{name}, shared, unaligned", shifted(_FEW, columns, dtype=dtype), 0)
-        yield Layout(f"{name}, whole vectors", empty(_MANY, columns + 16 // itemsize, dtype=dtype), 0)
-        yield Layout(f"{name}, strided classes", empty(_MANY, 2 * columns, dtype=dtype)[:, ::2], 0)
+        yield Layout(f"{name}, whole vectors", empty(MANY, columns + 16 // itemsize, dtype=dtype), 0)
+        yield Layout(f"{name}, strided classes", empty(MANY, 2 * columns, dtype=dtype)[:, ::2], 0)
         yield Layout(f"{name}, one row", empty(1, columns, dtype=dtype), 0)
         for extra, kind in ((0, "aligned"), (1, "ragged")):
-            view = empty(_MANY, 9, columns + extra, dtype=dtype)[:, :-1].transpose(1, 2)
+            view = empty(MANY, 9, columns + extra, dtype=dtype)[:, :-1].transpose(1, 2)
             yield Layout(f"{name}, {kind}, in two dimensions", view, extra)
-            view = empty(_MANY, 3, 9, columns + extra, dtype=dtype)[:, :-1, :-1].permute(0, 3, 1, 2)
+            view = empty(MANY, 3, 9, columns + extra, dtype=dtype)[:, :-1, :-1].permute(0, 3, 1, 2)
             yield Layout(f"{name}, {kind}, in three dimensions", view, 0)
 
 
@@ -92,7 +92,7 @@ def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
             depth = {launch.SHORT_ROW: 2, launch.WHOLE_ROW: 1}.get(columns, 0)
             yield Layout(f"{name}, ragged", empty(2**14, tile.cols - 3, dtype=dtype), depth)
     # Triton takes an argument equal to 1 for a constant, so these are kernels of their own.
-    yield Layout("one class", empty(_MANY, 1, dtype=dtype), 0)
+    yield Layout("one class", empty(MANY, 1, dtype=dtype), 0)
     yield Layout("one short row", empty(1, 10, dtype=dtype), 0)
     yield Layout("one number", empty(1, 1, dtype=dtype), 1)
     for columns in (2**exponent for exponent in range(3, launch.WHOLE_ROW.bit_length())):
@@ -100,10 +100,10 @@ def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
         if (tiles, False) not in seen:
             seen.add((tiles, False))
             name = f"tile {tiles[0].rows} x {tiles[0].cols}, strided classes"
-            yield Layout(name, empty(_MANY, columns, 2**12, dtype=dtype), 0)
-            yield Layout(f"{name}, ragged", empty(_MANY, columns - 1, 2**12 - 1, dtype=dtype), 1)
+            yield Layout(name, empty(MANY, columns, 2**12, dtype=dtype), 0)
+            yield Layout(f"{name}, ragged", empty(MANY, columns - 1, 2**12 - 1, dtype=dtype), 1)
             for inner in (2, 16):
-                yield Layout(f"{name}, {inner} positions", empty(_MANY, columns, inner, dtype=dtype), 0)
+                yield Layout(f"{name}, {inner} positions", empty(MANY, columns, inner, dtype=dtype), 0)
     finest = _rows_tiles(1024, 2**12, dtype.itemsize, contiguous=False)
     for inner in (2**exponent for exponent in range(12, 0, -1)):
         tiles = _rows_tiles(1024, inner, dtype.itemsize, contiguous=False)
@@ -111,11 +111,11 @@ def _tile_layouts(dtype: torch.dtype) -> Iterator[Layout]:
             seen.add((tiles, False))
             tile = tiles[0]
             name = f"tile {tile.rows} x {tile.cols}, strided classes"
-            yield Layout(name, empty(_MANY, 1024, inner, dtype=dtype), 0)
+            yield Layout(name, empty(MANY, 1024, inner, dtype=dtype), 0)
             if tiles == finest:
-                yield Layout(f"{name}, ragged", empty(_MANY, 1003, inner - 1, dtype=dtype), 2)
+                yield Layout(f"{name}, ragged", empty(MANY, 1003, inner - 1, dtype=dtype), 2)
                 yield Layout(f"{name}, shared", empty(1, 2**14, inner, dtype=dtype), 1)
-                view = empty(_MANY, 1024, 8, 2 * inner, dtype=dtype)[..., ::2]
+                view = empty(MANY, 1024, 8, 2 * inner, dtype=dtype)[..., ::2]
                 yield Layout(f"{name}, rows in two dimensions", view, 0)
 
 

@@ -39,6 +39,14 @@ _FORMULAS = {
 }
 
 
+# One exponential an element in each of their passes, and with a softcap one for its hyperbolic tangent.
+_ROW_KERNELS = (
+    "_cross_entropy_forward_rows_kernel",
+    "_cross_entropy_backward_rows_kernel",
+    "_cross_entropy_loss_and_gradient_kernel",
+)
+
+
 @dataclass
 class Machine:
     """One compiled specialisation on sm_90; loads and stores are the bytes of each in a turn of its main loop."""
@@ -145,7 +153,7 @@ def special_limit(kernel: Specialisation) -> float | None:
     """Special functions an element that a kernel is held to; none in fp64, which computes its own."""
     if kernel.dtype == "float64":
         return None
-    if kernel.name in ("_cross_entropy_forward_rows_kernel", "_cross_entropy_backward_rows_kernel"):
+    if kernel.name in _ROW_KERNELS:
         return 2.0 if kernel["SOFTCAP"] else 1.0
     if kernel.formula in _FORMULAS:
         plain, flagged = _FORMULAS[kernel.formula]

@@ -57,12 +57,17 @@ def _tile_streams(kernel: Specialisation) -> Streams | None:
 
 
 def _class_streams(kernel: Specialisation, block: int) -> Streams:
-    forward = "forward" in kernel.name
+    forward, in_place = "forward" in kernel.name, "loss_and_gradient" in kernel.name
     coefficients = kernel["PROBABILITIES"] or kernel["SMOOTHING"]
     # Without a gradient of the logits the backward needs the weights, but no targets.
-    loads = ["logits_ptr", *(["target_ptr"] if kernel["PROBABILITIES"] and (forward or kernel["GRAD_LOGITS"]) else [])]
+    loads = [
+        "logits_ptr",
+        *(["target_ptr"] if kernel["PROBABILITIES"] and (forward or in_place or kernel["GRAD_LOGITS"]) else []),
+    ]
     gradients = (("GRAD_LOGITS", "grad_logits_ptr"), ("GRAD_TARGET", "grad_target_ptr"))
-    stores = [] if forward else [pointer for flag, pointer in gradients if kernel[flag]]
+    stores = [] if forward else [pointer for flag, pointer in gradients if flag in kernel.kernel.arg_names and kernel[flag]]
+    if in_place:
+        stores.append("logits_ptr")
     others = ["weight_ptr"] if coefficients and kernel.signature["weight_ptr"] != "constexpr" else []
     elements = _elements(kernel, block)
     return Streams(_sizes(kernel, loads), _sizes(kernel, stores), _sizes(kernel, others), (), elements)
@@ -103,6 +108,7 @@ def _itemsize(pointer: str) -> int:
 STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_forward_rows_kernel": _row_streams,
     "_cross_entropy_backward_rows_kernel": _row_streams,
+    "_cross_entropy_loss_and_gradient_kernel": _row_streams,
     "_cross_entropy_forward_tiles_kernel": _tile_streams,
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
     "_elementwise_forward_kernel": _elementwise_streams,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import genloss_kernels as gk
-from genloss_kernels.cases import cross_entropy_oracle
+from genloss_kernels.cases import linear_cross_entropy_oracle as _oracle
+from genloss_kernels.core import launch, scaling
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.linear_cross_entropy import chunks, options
 
@@ -30,20 +31,6 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(options.DEFAULT_ROWS, "cpu", 8)
     monkeypatch.setitem(options.DEFAULT_ROWS, "cuda", 8)
     monkeypatch.setattr(options, "WHOLE_BATCH", 4)
-
-
-def _oracle(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None,
-    ignore_index: int | None = None, row_weight: Tensor | None = None, **rest: Any,
-) -> Tensor:  # fmt: skip
-    """The logits in full, and torch's own on them."""
-    shape, n_classes = input.shape[:-1], linear_weight.size(0)
-    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, n_classes)
-    target = target.reshape(-1, n_classes) if target.is_floating_point() else target.reshape(-1)
-    ignore_index = -100 if ignore_index is None else ignore_index
-    row_weight = None if row_weight is None else row_weight.reshape(-1)
-    loss = cross_entropy_oracle(logits, target, ignore_index=ignore_index, row_weight=row_weight, **rest)
-    return loss.reshape(shape) if rest.get("reduction") == "none" else loss
 
 
 def _labels(n_rows: int = 20, n_classes: int = 300, width: int = 12, bias: bool = True, **rest: Any) -> dict[str, Any]:
@@ -82,6 +69,49 @@ def test_options(path: str, kind: str, reduction: str, name: str) -> None:
     make, differentiable = KINDS[kind]
     drawn = {key: value() if callable(value) else value for key, value in OPTIONS[name].items()}
     check(gk.linear_cross_entropy, _oracle, make(reduction=reduction, **drawn), differentiable)
+
+
+FUSED = "_cross_entropy_loss_and_gradient_kernel"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("n_classes", [520, 1203])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_launch_makes_loss_and_gradient(kind: str, name: str, n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk, in rows of several tiles, aligned and not, and in both ways that the divisor comes."""
+    monkeypatch.setattr(launch, "row_tile", lambda *_, **__: launch.Tile(128, 4))
+    monkeypatch.setattr(launch, "splits", lambda *_: 1)
+    make, differentiable = KINDS[kind]
+    drawn = {key: value() if callable(value) else value for key, value in OPTIONS[name].items()}
+    if "weight" in drawn:
+        drawn["weight"] = torch.rand(n_classes) + 0.5
+    for rest in ({}, {"divisor": 7.5}, {"reduction": "sum"}):
+        with gk.backend("triton"), gk.testing.count_launches() as launches:
+            check(gk.linear_cross_entropy, _oracle, make(n_classes=n_classes, **drawn, **rest), differentiable)
+        assert launches == {FUSED: 3, "_scale_kernel": 1}
+
+
+@pytest.mark.interpreter
+def test_rows_shared_among_programs_take_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "splits", lambda *_: 3)
+    with gk.backend("triton"), gk.testing.count_launches() as launches:
+        check(gk.linear_cross_entropy, _oracle, _labels(n_classes=2003), LAYER)
+    assert FUSED not in launches
+    assert launches["_cross_entropy_merge_kernel"] == 3
+
+
+@pytest.mark.interpreter
+def test_scaling_by_one_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of several programs each, of three sizes; NaN times 1 would be NaN all the same, so bits are compared."""
+    monkeypatch.setattr(scaling, "_BLOCK", 64)
+    tensors = [torch.randn(n) for n in (1, 64, 150)] + [torch.empty(0)]
+    for factor in (1.0, -2.5):
+        found = [t.clone() for t in tensors]
+        with gk.testing.count_launches() as launches:
+            scaling.scale_(found, torch.tensor(factor), triton=True)
+        assert launches.total() == 1
+        assert all(torch.equal(f, t * factor) for f, t in zip(found, tensors, strict=True))
 
 
 @pytest.mark.parametrize("divisor", [7.5, torch.tensor(7.5)])
@@ -262,7 +292,11 @@ def test_without_gradients_nothing_is_made(path: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(chunks, "_Sums", None)
     with torch.no_grad():
         given = {k: v.requires_grad_() if k in LAYER else v for k, v in _labels().items()}
-        gk.testing.assert_close(gk.linear_cross_entropy(**given), _oracle(**_in(torch.float64, given)), _oracle(**given))
+        gk.testing.assert_close(
+            gk.linear_cross_entropy(**given),
+            _oracle(**_in(torch.float64, given)),
+            _oracle(**given),
+        )
 
 
 @pytest.fixture

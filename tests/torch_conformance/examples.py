@@ -107,6 +107,25 @@ def _statistics(draw: Draw, rows: int) -> Problem:
     return loss, (draw.normal(rows, 5),)
 
 
+def _head(draw: Draw, rows: int, **options: Any) -> Problem:
+    target = draw.labels(5, rows)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options)
+
+    return loss, (draw.normal(rows, 3), draw.normal(5, 3), draw.normal(5))
+
+
+def _head_statistics(draw: Draw, rows: int) -> Problem:
+    target = draw.labels(5, rows)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        stats = gk.linear_cross_entropy(hidden, weight, target, return_stats=True)
+        return stats.loss + 0.1 * stats.lse.sum() + 0.2 * stats.log_prob.square().sum() - 0.3 * stats.entropy.sum()
+
+    return loss, (draw.normal(rows, 3), draw.normal(5, 3))
+
+
 def _negative_log_likelihood(draw: Draw, rows: int, **options: Any) -> Problem:
     target, weight = draw.labels(5, rows), draw.positive(5)
     return lambda x: gk.nll_loss(x, target, weight, **options), (torch.log_softmax(draw.normal(rows, 5), 1),)
@@ -162,6 +181,13 @@ def _examples() -> Iterator[Example]:
     yield Example("weights and divisor differentiable", loss, _every_option)
     yield Example("soft targets", loss, _soft_targets)
     yield Example("statistics", loss, _statistics)
+    loss = "linear_cross_entropy"
+    yield Example("mean", loss, _head)
+    yield Example("per row smoothed", loss, lambda draw, rows: _head(draw, rows, label_smoothing=0.1, reduction="none"))
+    yield Example(
+        "softcap and z-loss", loss, lambda draw, rows: _head(draw, rows, softcap=2.0, z_loss=0.05, reduction="sum")
+    )
+    yield Example("statistics", loss, _head_statistics)
     loss = "nll_loss"
     yield Example("weighted mean", loss, _negative_log_likelihood)
     yield Example("per row", loss, lambda draw, rows: _negative_log_likelihood(draw, rows, reduction="none"))

@@ -98,29 +98,34 @@ def _finish(
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr, REDUCE: tl.constexpr,
     WHOLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Losses and statistics from merged row states; stores the rows' results and returns what is summed over rows.
+    """Losses and statistics from merged row states: stores the rows' results.
 
+    Returns what is summed over rows, and what the gradient needs, which is saved as well unless ``saved_ptr`` is None.
     ``label_y`` is the label's logit. Of a WHOLE row the backward finds the log-sum-exp anew.
     """
     MASS: tl.constexpr = _mass_plane(PROBABILITIES, WHOLE)
+    SAVE: tl.constexpr = saved_ptr is not None
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, _, target_argument = state
     n_rows = tl.cast(n_rows, tl.int64)
     log_total = tl.log(total)
     lse = maximum + log_total
+    log_prob = lse
     if PROBABILITIES:
         valid = row_live
         normalizer = tl.where(valid, 1.0, 0.0).to(DTYPE)
         loss = mass * log_total - moment
-        tl.store(saved_ptr + MASS * n_rows + row, mass, mask=row_live)
+        if SAVE:
+            tl.store(saved_ptr + MASS * n_rows + row, mass, mask=row_live)
         if STATS:
             log_prob = target_moment - target_mass * log_total
             correct = argument == target_argument
-            tl.store(saved_ptr + (MASS + 1) * n_rows + row, target_mass, mask=row_live)
+            if SAVE:
+                tl.store(saved_ptr + (MASS + 1) * n_rows + row, target_mass, mask=row_live)
     else:
         valid = row_live & (label != ignore_index)
         inside = (label >= 0) & (label < n_cols)
         log_prob = (label_y - maximum) - log_total
-        if not WHOLE:
+        if SAVE and not WHOLE:
             tl.store(saved_ptr + 2 * n_rows + row, log_prob, mask=row_live)
         # A label out of range must not pass for a loss: NaN in the saved maximum reaches the row's whole gradient too.
         maximum = tl.where(valid & (inside == 0), float("nan"), maximum)
@@ -133,10 +138,11 @@ def _finish(
         if SMOOTHING:
             loss += smoothing / n_cols * (mass * log_total - moment)
             if weight_ptr is not None:
-                row_mass = (1.0 - smoothing) * normalizer + smoothing / n_cols * mass
-                tl.store(saved_ptr + MASS * n_rows + row, row_mass, mask=row_live)
+                mass = (1.0 - smoothing) * normalizer + smoothing / n_cols * mass
+                if SAVE:
+                    tl.store(saved_ptr + MASS * n_rows + row, mass, mask=row_live)
         correct = argument.to(tl.int64) == label
-    if not WHOLE:
+    if SAVE and not WHOLE:
         tl.store(saved_ptr + row, maximum, mask=row_live)
         tl.store(saved_ptr + n_rows + row, log_total, mask=row_live)
     loss += z_loss * lse * lse
@@ -156,7 +162,8 @@ def _finish(
         correct = correct & valid & (lse == lse)
     else:
         correct = valid
-    return loss, normalizer, tl.where(valid, 1, 0), tl.where(correct, 1, 0)
+    sums = (loss, normalizer, tl.where(valid, 1, 0), tl.where(correct, 1, 0))
+    return sums, (maximum, log_total, log_prob), mass
 
 
 @triton.jit
@@ -177,7 +184,8 @@ def _store_split(state, split_ptr, split_index_ptr, row, row_live, split, n_rows
 
 
 @triton.jit
-def _store_partials(partials, position, loss, normalizer, n_valid, n_correct, STATS: tl.constexpr, REDUCE: tl.constexpr):
+def _store_partials(partials, position, sums, STATS: tl.constexpr, REDUCE: tl.constexpr):
+    loss, normalizer, n_valid, n_correct = sums
     if REDUCE:
         tl.store(partials[0] + position, loss)
         if partials[1] is not None:
@@ -188,38 +196,13 @@ def _store_partials(partials, position, loss, normalizer, n_valid, n_correct, ST
 
 
 @triton.jit
-def _cross_entropy_forward_rows_kernel(
-    logits_ptr, target_ptr, weight_ptr, row_weight_ptr,
-    loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, partials, split_ptr, split_index_ptr,
-    shape, logits_strides, target_strides, logits_stride_col, target_stride_col,
-    n_rows, n_cols, n_splits, split_cols, ignore_index,
-    smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
-    SPLIT: tl.constexpr, REDUCE: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _row_statistics(
+    logits_ptr, target_ptr, weight_ptr, offset, target_offset, logits_stride_col, target_stride_col,
+    n_cols, valid, split, split_cols, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, SPLIT: tl.constexpr,
+    VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program walks one row, or one share of it when SPLIT."""
-    smoothing = scalar(smoothing, DTYPE)
-    logit_scale = scalar(logit_scale, DTYPE)
-    softcap = scalar(softcap, DTYPE)
-    z_loss = scalar(z_loss, DTYPE)
-    inverse_softcap = 1.0 / softcap
-    uniform = smoothing / n_cols
-    if SPLIT:
-        row = tl.program_id(0) // n_splits
-        split = tl.program_id(0) % n_splits
-    else:
-        row = tl.program_id(0)
-        split = 0
-    row = row.to(tl.int64)
-    offset = row_offset(row, shape, logits_strides)
-    target_offset = row_offset(row, shape, target_strides)
-    if PROBABILITIES:
-        label = row
-        valid = row >= 0
-    else:
-        label = tl.load(target_ptr + target_offset).to(tl.int64)
-        valid = label != ignore_index
+    """State of one row, or of one share of it when SPLIT; of nothing where the row is not valid."""
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
     target_first = first_aligned(target_offset, head, VEC, RAGGED)
     if SPLIT:
@@ -259,7 +242,47 @@ def _cross_entropy_forward_rows_kernel(
             state, y, target_ptr + target_first + cols, weight_ptr, head + cols, live, smoothing, uniform,
             PROBABILITIES, SMOOTHING, STATS, True, False, DTYPE,
         )  # fmt: skip
-    state = collapse(state, 0, PROBABILITIES or SMOOTHING, PROBABILITIES and STATS, STATS)
+    return collapse(state, 0, PROBABILITIES or SMOOTHING, PROBABILITIES and STATS, STATS)
+
+
+@triton.jit
+def _cross_entropy_forward_rows_kernel(
+    logits_ptr, target_ptr, weight_ptr, row_weight_ptr,
+    loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, partials, split_ptr, split_index_ptr,
+    shape, logits_strides, target_strides, logits_stride_col, target_stride_col,
+    n_rows, n_cols, n_splits, split_cols, ignore_index,
+    smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
+    SPLIT: tl.constexpr, REDUCE: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program walks one row, or one share of it when SPLIT."""
+    smoothing = scalar(smoothing, DTYPE)
+    logit_scale = scalar(logit_scale, DTYPE)
+    softcap = scalar(softcap, DTYPE)
+    z_loss = scalar(z_loss, DTYPE)
+    inverse_softcap = 1.0 / softcap
+    uniform = smoothing / n_cols
+    if SPLIT:
+        row = tl.program_id(0) // n_splits
+        split = tl.program_id(0) % n_splits
+    else:
+        row = tl.program_id(0)
+        split = 0
+    row = row.to(tl.int64)
+    offset = row_offset(row, shape, logits_strides)
+    target_offset = row_offset(row, shape, target_strides)
+    if PROBABILITIES:
+        label = row
+        valid = row >= 0
+    else:
+        label = tl.load(target_ptr + target_offset).to(tl.int64)
+        valid = label != ignore_index
+    state = _row_statistics(
+        logits_ptr, target_ptr, weight_ptr, offset, target_offset, logits_stride_col, target_stride_col,
+        n_cols, valid, split, split_cols, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+        PROBABILITIES, SMOOTHING, SOFTCAP, STATS, SPLIT, VEC, RAGGED, DTYPE, BLOCK,
+    )  # fmt: skip
     if SPLIT:
         _store_split(state, split_ptr, split_index_ptr, row, row >= 0, split, n_rows, n_splits)
     else:
@@ -267,12 +290,12 @@ def _cross_entropy_forward_rows_kernel(
             logits_ptr + offset, label, logits_stride_col, n_cols, ignore_index, logit_scale, softcap, inverse_softcap,
             PROBABILITIES, SOFTCAP, DTYPE,
         )  # fmt: skip
-        loss, normalizer, n_valid, n_correct = _finish(
+        sums, _, _ = _finish(
             state, row, row >= 0, label, label_y, weight_ptr, row_weight_ptr,
             loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
             PROBABILITIES, SMOOTHING, STATS, REDUCE, False, DTYPE,
         )  # fmt: skip
-        _store_partials(partials, row, loss, normalizer, n_valid, n_correct, STATS, REDUCE)
+        _store_partials(partials, row, sums, STATS, REDUCE)
 
 
 @triton.jit
@@ -321,12 +344,12 @@ def _cross_entropy_merge_kernel(
         logits_ptr + offset, label, logits_stride_col, n_cols, ignore_index, logit_scale, softcap, 1.0 / softcap,
         PROBABILITIES, SOFTCAP, DTYPE,
     )  # fmt: skip
-    loss, normalizer, n_valid, n_correct = _finish(
+    sums, _, _ = _finish(
         state, row, row >= 0, label, label_y, weight_ptr, row_weight_ptr,
         loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
         PROBABILITIES, SMOOTHING, STATS, REDUCE, False, DTYPE,
     )  # fmt: skip
-    _store_partials(partials, row, loss, normalizer, n_valid, n_correct, STATS, REDUCE)
+    _store_partials(partials, row, sums, STATS, REDUCE)
 
 
 @triton.jit
@@ -401,15 +424,14 @@ def _cross_entropy_forward_tiles_kernel(
     if SPLIT:
         _store_split(state, split_ptr, split_index_ptr, row, row_live, split, n_rows, n_splits)
     else:
-        loss, normalizer, n_valid, n_correct = _finish(
+        sums, _, _ = _finish(
             state, row, row_live, label, tl.sum(label_y, axis=1), weight_ptr, row_weight_ptr,
             loss_ptr, lse_ptr, log_prob_ptr, entropy_ptr, saved_ptr, n_rows, n_cols, ignore_index, smoothing, z_loss,
             PROBABILITIES, SMOOTHING, STATS, REDUCE, WHOLE, DTYPE,
         )  # fmt: skip
-        _store_partials(
-            partials, tl.program_id(0), tl.sum(loss, axis=0), tl.sum(normalizer, axis=0),
-            tl.sum(n_valid, axis=0), tl.sum(n_correct, axis=0), STATS, REDUCE,
-        )  # fmt: skip
+        loss, normalizer, n_valid, n_correct = sums
+        sums = (tl.sum(loss, axis=0), tl.sum(normalizer, axis=0), tl.sum(n_valid, axis=0), tl.sum(n_correct, axis=0))
+        _store_partials(partials, tl.program_id(0), sums, STATS, REDUCE)
 
 
 @triton.jit
@@ -422,6 +444,19 @@ def _saved_lse(saved_ptr, row, row_live, n_rows, PROBABILITIES: tl.constexpr):
     if not PROBABILITIES:
         log_prob = tl.load(saved_ptr + 2 * n_rows + row, mask=row_live, other=0.0)
     return maximum, log_total, log_prob
+
+
+@triton.jit
+def _saved_mass(
+    saved_ptr, weight_ptr, row, row_live, n_rows,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Mass of the row's coefficients where it is not the label's weight."""
+    mass = tl.zeros_like(row).to(DTYPE)
+    if PROBABILITIES or (SMOOTHING and weight_ptr is not None):
+        place = _mass_plane(PROBABILITIES, WHOLE) * tl.cast(n_rows, tl.int64) + row
+        mass = tl.load(saved_ptr + place, mask=row_live, other=0.0)
+    return mass
 
 
 @triton.jit
@@ -439,7 +474,7 @@ def _found_lse(y, index, label, valid, n_cols, PROBABILITIES: tl.constexpr):
 
 @triton.jit
 def _row_gradient(
-    lse, row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+    lse, mass, row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
     grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
     grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
     n_rows, n_cols, ignore_index, smoothing, z_loss, divisor,
@@ -463,15 +498,11 @@ def _row_gradient(
     else:
         grad /= divisor
     label_weight = zero + 1.0
-    if PROBABILITIES:
-        mass = tl.load(saved_ptr + MASS * n_rows + row, mask=row_live, other=0.0)
-    else:
+    if not PROBABILITIES:
         if weight_ptr is not None:
             inside = (label >= 0) & (label < n_cols)
             label_weight = tl.load(weight_ptr + label, mask=valid & inside, other=0.0).to(DTYPE)
-        if SMOOTHING and weight_ptr is not None:
-            mass = tl.load(saved_ptr + MASS * n_rows + row, mask=row_live, other=0.0)
-        else:
+        if weight_ptr is None or not SMOOTHING:
             mass = label_weight
     of_probability = grad * (mass + 2.0 * z_loss * (maximum + log_total))
     of_label = grad * (1.0 - smoothing) * label_weight
@@ -544,43 +575,16 @@ def _give(
 
 
 @triton.jit
-def _cross_entropy_backward_rows_kernel(
-    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
-    grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr, grad_logits_ptr, grad_target_ptr,
-    grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
-    shape, logits_strides, target_strides, grad_strides, grad_target_strides,
+def _give_row(
+    logits_ptr, target_ptr, grad_logits_ptr, grad_target_ptr, weight_ptr,
+    offset, target_offset, grad_offset, grad_target_offset,
     logits_stride_col, target_stride_col, grad_stride_col, grad_target_stride_col,
-    n_rows, n_cols, n_splits, split_cols, ignore_index,
-    smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64, divisor: tl.float64,
+    n_cols, split, split_cols, label, row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
     GRAD_LOGITS: tl.constexpr, GRAD_TARGET: tl.constexpr,
     VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes one row's gradient, or one share of it."""
-    smoothing = scalar(smoothing, DTYPE)
-    logit_scale = scalar(logit_scale, DTYPE)
-    softcap = scalar(softcap, DTYPE)
-    z_loss = scalar(z_loss, DTYPE)
-    inverse_softcap = 1.0 / softcap
-    uniform = smoothing / n_cols
-    row = (tl.program_id(0) // n_splits).to(tl.int64)
-    split = tl.program_id(0) % n_splits
-    offset = row_offset(row, shape, logits_strides)
-    target_offset = row_offset(row, shape, target_strides)
-    grad_offset = row_offset(row, shape, grad_strides)
-    grad_target_offset = row_offset(row, shape, grad_target_strides)
-    if PROBABILITIES:
-        label = row
-    else:
-        label = tl.load(target_ptr + target_offset).to(tl.int64)
-    row_state = _row_gradient(
-        _saved_lse(saved_ptr, row, row >= 0, n_rows, PROBABILITIES),
-        row, row >= 0, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
-        grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
-        grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
-        n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
-        PROBABILITIES, SMOOTHING, STATS, False, DTYPE,
-    )  # fmt: skip
+    """Gradient of one row, or of one share of it. Each lane reads an element before it writes it, and no other lane's."""
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
     target_first = first_aligned(target_offset, head, VEC, RAGGED)
     grad_first = first_aligned(grad_offset, head, VEC, RAGGED)
@@ -630,6 +634,110 @@ def _cross_entropy_backward_rows_kernel(
 
 
 @triton.jit
+def _cross_entropy_backward_rows_kernel(
+    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+    grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr, grad_logits_ptr, grad_target_ptr,
+    grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
+    shape, logits_strides, target_strides, grad_strides, grad_target_strides,
+    logits_stride_col, target_stride_col, grad_stride_col, grad_target_stride_col,
+    n_rows, n_cols, n_splits, split_cols, ignore_index,
+    smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64, divisor: tl.float64,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr, GRAD_TARGET: tl.constexpr,
+    VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program writes one row's gradient, or one share of it."""
+    smoothing = scalar(smoothing, DTYPE)
+    logit_scale = scalar(logit_scale, DTYPE)
+    softcap = scalar(softcap, DTYPE)
+    z_loss = scalar(z_loss, DTYPE)
+    inverse_softcap = 1.0 / softcap
+    uniform = smoothing / n_cols
+    row = (tl.program_id(0) // n_splits).to(tl.int64)
+    split = tl.program_id(0) % n_splits
+    offset = row_offset(row, shape, logits_strides)
+    target_offset = row_offset(row, shape, target_strides)
+    grad_offset = row_offset(row, shape, grad_strides)
+    grad_target_offset = row_offset(row, shape, grad_target_strides)
+    if PROBABILITIES:
+        label = row
+    else:
+        label = tl.load(target_ptr + target_offset).to(tl.int64)
+    row_state = _row_gradient(
+        _saved_lse(saved_ptr, row, row >= 0, n_rows, PROBABILITIES),
+        _saved_mass(saved_ptr, weight_ptr, row, row >= 0, n_rows, PROBABILITIES, SMOOTHING, False, DTYPE),
+        row, row >= 0, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+        grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
+        grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
+        n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
+        PROBABILITIES, SMOOTHING, STATS, False, DTYPE,
+    )  # fmt: skip
+    _give_row(
+        logits_ptr, target_ptr, grad_logits_ptr, grad_target_ptr, weight_ptr,
+        offset, target_offset, grad_offset, grad_target_offset,
+        logits_stride_col, target_stride_col, grad_stride_col, grad_target_stride_col,
+        n_cols, split, split_cols, label, row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+        PROBABILITIES, SMOOTHING, SOFTCAP, STATS, GRAD_LOGITS, GRAD_TARGET, VEC, RAGGED, DTYPE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _cross_entropy_loss_and_gradient_kernel(
+    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, divisor_ptr, upstream_ptr, loss_ptr, grad_target_ptr,
+    shape, logits_strides, target_strides, grad_target_strides,
+    logits_stride_col, target_stride_col, grad_target_stride_col, n_rows, n_cols, ignore_index,
+    smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64, divisor: tl.float64,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, GRAD_TARGET: tl.constexpr,
+    VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program finds one row's loss, and writes the gradient over its logits, which it reads again out of the cache."""
+    smoothing = scalar(smoothing, DTYPE)
+    logit_scale = scalar(logit_scale, DTYPE)
+    softcap = scalar(softcap, DTYPE)
+    z_loss = scalar(z_loss, DTYPE)
+    inverse_softcap = 1.0 / softcap
+    uniform = smoothing / n_cols
+    row = tl.program_id(0).to(tl.int64)
+    offset = row_offset(row, shape, logits_strides)
+    target_offset = row_offset(row, shape, target_strides)
+    if PROBABILITIES:
+        label = row
+        valid = row >= 0
+    else:
+        label = tl.load(target_ptr + target_offset).to(tl.int64)
+        valid = label != ignore_index
+    label_y = _label_logit(
+        logits_ptr + offset, label, logits_stride_col, n_cols, ignore_index, logit_scale, softcap, inverse_softcap,
+        PROBABILITIES, SOFTCAP, DTYPE,
+    )  # fmt: skip
+    state = _row_statistics(
+        logits_ptr, target_ptr, weight_ptr, offset, target_offset, logits_stride_col, target_stride_col,
+        n_cols, valid, 0, n_cols, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+        PROBABILITIES, SMOOTHING, SOFTCAP, False, False, VEC, RAGGED, DTYPE, BLOCK,
+    )  # fmt: skip
+    _, lse, mass = _finish(
+        state, row, row >= 0, label, label_y, weight_ptr, row_weight_ptr,
+        loss_ptr, None, None, None, None, n_rows, n_cols, ignore_index, smoothing, z_loss,
+        PROBABILITIES, SMOOTHING, False, False, False, DTYPE,
+    )  # fmt: skip
+    row_state = _row_gradient(
+        lse, mass, row, row >= 0, label, weight_ptr, row_weight_ptr, None, divisor_ptr,
+        upstream_ptr, None, None, None, None, 0, 0, 0, 0,
+        n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
+        PROBABILITIES, SMOOTHING, False, False, DTYPE,
+    )  # fmt: skip
+    # Every lane has read the label's logit, which one of them is about to overwrite.
+    tl.debug_barrier()
+    _give_row(
+        logits_ptr, target_ptr, logits_ptr, grad_target_ptr, weight_ptr,
+        offset, target_offset, offset, row_offset(row, shape, grad_target_strides),
+        logits_stride_col, target_stride_col, logits_stride_col, grad_target_stride_col,
+        n_cols, 0, n_cols, label, row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
+        PROBABILITIES, SMOOTHING, SOFTCAP, False, True, GRAD_TARGET, VEC, RAGGED, DTYPE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
 def _cross_entropy_backward_tiles_kernel(
     logits_ptr, target_ptr, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
     grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr, grad_logits_ptr, grad_target_ptr,
@@ -673,7 +781,8 @@ def _cross_entropy_backward_tiles_kernel(
     else:
         lse = _saved_lse(saved_ptr, row, row_live, n_rows, PROBABILITIES)
     valid, maximum, log_total, grad, of_probability, at_label, of_target, of_entropy, entropy = _row_gradient(
-        lse, row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
+        lse, _saved_mass(saved_ptr, weight_ptr, row, row_live, n_rows, PROBABILITIES, SMOOTHING, WHOLE, DTYPE),
+        row, row_live, label, weight_ptr, row_weight_ptr, saved_ptr, divisor_ptr,
         grad_loss_ptr, grad_lse_ptr, grad_log_prob_ptr, grad_entropy_ptr, entropy_ptr,
         grad_loss_stride, grad_lse_stride, grad_log_prob_stride, grad_entropy_stride,
         n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),

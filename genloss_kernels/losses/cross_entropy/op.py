@@ -278,6 +278,66 @@ def write_gradients(
         eager.backward(logits, target, weight, row_weight, divisor, grads, grad_logits, grad_target, options)
 
 
+def loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
+    upstream: Tensor, options: Options, grad_logits: Tensor | None, grad_target: Tensor | None, triton: bool,
+) -> Tensor:  # fmt: skip
+    """Loss of each row before it is divided; writes the gradients of their mean or sum as :func:`write_gradients` does.
+
+    In one launch where the kernels write the gradient over the logits and a row is not shared among programs.
+    """
+    if triton and grad_logits is logits and logits.numel():
+        loss = _launch_loss_and_gradient(logits, target, weight, row_weight, divisor, upstream, options, grad_target)
+        if loss is not None:
+            return loss
+    rows = options._replace(reduction=Reduction.NONE, divisor=None)
+    loss, *_, saved, _ = rows_forward(logits, target, weight, row_weight, rows, accumulator(logits.dtype), triton)
+    grads = (upstream.expand(loss.shape), None, None, None)
+    write_gradients(
+        logits,
+        target,
+        weight,
+        row_weight,
+        divisor,
+        saved,
+        loss.new_empty(0),
+        grads,
+        options,
+        grad_logits,
+        grad_target,
+        triton,
+    )
+    return loss
+
+
+def _launch_loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
+    upstream: Tensor, options: Options, grad_target: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    from . import kernels
+
+    probabilities = target.is_floating_point()
+    acc = accumulator(logits.dtype)
+    streams = [t for t in (logits, target if probabilities else None, grad_target) if t is not None]
+    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True)
+    if not p.by_rows or p.n_splits > 1:
+        return None
+    loss = torch.empty(p.n_rows, dtype=acc, device=logits.device)
+    grad_target_strides = p.strides[2] if grad_target is not None else p.strides[1]
+    launch(
+        kernels._cross_entropy_loss_and_gradient_kernel, p.programs, logits.device,
+        logits, target, weight, row_weight, divisor, upstream, loss, logits if grad_target is None else grad_target,
+        p.shape, p.strides[0], p.strides[1], grad_target_strides,
+        logits.stride(1), target.stride(1) if probabilities else 0, 1 if grad_target is None else grad_target.stride(1),
+        p.n_rows, p.n_cols, options.ignore_index, *_scalars(options),
+        1.0 if divisor is not None or options.divisor is None else options.divisor,
+        PROBABILITIES=probabilities, SMOOTHING=options.label_smoothing != 0.0, SOFTCAP=options.softcap is not None,
+        GRAD_TARGET=grad_target is not None, VEC=p.vec, RAGGED=p.ragged, DTYPE=kernel_dtype(acc), BLOCK=p.block,
+        num_warps=p.num_warps,
+    )  # fmt: skip
+    return loss
+
+
 def _backward_fake(
     logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
     saved: Tensor, entropy: Tensor,

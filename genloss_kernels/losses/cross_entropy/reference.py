@@ -104,14 +104,21 @@ def weighted(
     loss: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, n_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses times the row weights, what their mean divides by, row by row, and which rows count."""
-    normalizer, valid = torch.ones_like(loss), torch.ones_like(loss, dtype=torch.bool)
-    if not target.is_floating_point():
-        index, valid, outside = labels(target, n_classes, options.ignore_index)
-        normalizer = torch.where(valid & ~outside, normalizer if weight is None else weight[index], 0.0)
+    valid = torch.ones_like(loss, dtype=torch.bool) if target.is_floating_point() else target != options.ignore_index
+    each = normalizer(target, weight, row_weight, n_classes, loss.dtype).expand_as(loss)
     if row_weight is not None:
-        row_weight = row_weight.to(loss.dtype)
-        loss, normalizer = loss * row_weight, normalizer * row_weight
-    return torch.where(valid, loss, 0.0), torch.where(valid, normalizer, 0.0), valid
+        loss = loss * row_weight.to(loss.dtype)
+    return torch.where(valid, loss, 0.0), torch.where(valid, each, 0.0), valid
+
+
+def normalizer(
+    target: Tensor, weight: Tensor | None, row_weight: Tensor | None, n_classes: int, dtype: torch.dtype
+) -> Tensor:
+    """What a row that counts adds to the divisor of the mean; one number where that is the same for all."""
+    if weight is None or target.is_floating_point():
+        return target.new_ones((), dtype=dtype) if row_weight is None else row_weight.to(dtype)
+    found = weight[target.long().clamp(0, n_classes - 1)]
+    return found if row_weight is None else found * row_weight.to(dtype)
 
 
 def combine(

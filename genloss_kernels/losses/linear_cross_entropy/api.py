@@ -199,7 +199,7 @@ def _compute(
         weight = None if head.weight is None else head.weight.to(accumulator(head.input.dtype))
         loss, normalizer, _ = reference.weighted(loss, head.target, weight, head.row_weight, formula, n_classes)
     else:
-        normalizer = mean_divisor(head, formula) if formula.reduction == Reduction.MEAN else loss
+        normalizer = mean_divisor(head, head.ignored(formula)) if formula.reduction == Reduction.MEAN else loss
     return reference.reduce(loss, normalizer, head.divisor, formula).to(dtype), stats
 
 

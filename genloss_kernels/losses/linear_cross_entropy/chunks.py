@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,12 +68,14 @@ class _Chunk(NamedTuple):
 def _chunks(head: Head, ignored: Tensor | None, most: int, scratch: Scratch) -> Iterator[_Chunk]:
     """Each chunk's rows of the input, those ignored zeroed, and its logits in a buffer that the next chunk uses again."""
     weight, dtype, device = head.linear_weight, head.input.dtype, head.input.device
+    zero = None if ignored is None else head.input.new_zeros(())
     for rows in equal_chunks(head.input.size(0), most):
         size = rows.stop - rows.start
-        hidden = scratch.take("hidden", (size, head.input.size(1)), dtype, device).copy_(head.input[rows])
-        if ignored is not None:
+        hidden = head.input[rows]
+        if ignored is not None and zero is not None:
             # An ignored row may hold anything, and 0 * NaN would poison the whole gradient of the weight.
-            hidden.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
+            kept = scratch.take("hidden", (size, head.input.size(1)), dtype, device)
+            hidden = torch.where(ignored[rows].unsqueeze(1), zero, hidden, out=kept)
         logits = scratch.take("logits", (size, weight.size(0)), dtype, device)
         if head.linear_bias is None:
             torch.mm(hidden, weight.t(), out=logits)
@@ -86,13 +88,16 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def mean_divisor(head: Head, options: Options) -> Tensor:
+def mean_divisor(head: Head, ignored: Tensor | None) -> Tensor:
     """What the mean divides by, from the targets and weights alone."""
-    dtype = accumulator(head.input.dtype)
-    ones = torch.ones(head.input.size(0), dtype=dtype, device=head.input.device)
+    dtype, n_classes = accumulator(head.input.dtype), head.linear_weight.size(0)
+    if head.row_weight is None and (head.weight is None or ignored is None):
+        if ignored is None:
+            return head.input.new_full((), head.input.size(0), dtype=dtype)
+        return (~ignored).sum(dtype=dtype)
     weight = None if head.weight is None else head.weight.to(dtype)
-    _, normalizer, _ = reference.weighted(ones, head.target, weight, head.row_weight, options, head.linear_weight.size(0))
-    return normalizer.sum()
+    normalizer = reference.normalizer(head.target, weight, head.row_weight, n_classes, dtype)
+    return (normalizer if ignored is None else normalizer.masked_fill(ignored, 0.0)).sum()
 
 
 def forward(head: Head, options: Options, most: int, *, triton: bool) -> Rows:
@@ -120,21 +125,27 @@ class _Sums:
     def __init__(self, head: Head, needed: tuple[bool, bool, bool, bool]) -> None:
         need_input, need_weight, need_bias, need_target = needed
         acc = accumulator(head.input.dtype)
+        # Without rows there is no first product to write these.
+        make = torch.empty_like if head.input.size(0) else torch.zeros_like
+        bias = head.linear_bias if need_bias else None
         self.head = head
         self.input = torch.empty_like(head.input) if need_input else None
-        self.weight = torch.zeros_like(head.linear_weight, dtype=acc) if need_weight else None
-        has_bias = need_bias and head.linear_bias is not None
-        self.bias = torch.zeros(head.linear_weight.size(0), dtype=acc, device=head.input.device) if has_bias else None
+        self.weight = make(head.linear_weight, dtype=acc) if need_weight else None
+        self.bias = None if bias is None else make(bias, dtype=acc)
         self.target = torch.empty_like(head.target) if need_target else None
-        self.needs_logits = need_input or need_weight or has_bias
+        self.needs_logits = need_input or need_weight or bias is not None
 
     def add(self, chunk: _Chunk, grad_logits: Tensor) -> None:
+        first = chunk.rows.start == 0
         if self.input is not None:
             torch.mm(grad_logits, self.head.linear_weight, out=self.input[chunk.rows])
         if self.weight is not None:
-            _add_product(self.weight, grad_logits.t(), chunk.hidden)
+            _add_product(self.weight, grad_logits.t(), chunk.hidden, first=first)
         if self.bias is not None:
-            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+            if first:
+                torch.sum(grad_logits, 0, dtype=self.bias.dtype, out=self.bias)
+            else:
+                self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
 
     def result(self) -> Gradients:
         head = self.head
@@ -143,50 +154,52 @@ class _Sums:
         return Gradients(self.input, weight, bias, self.target)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with the products of half precision summed in fp32."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or = where it is the ``first``, with the products of half precision summed in fp32."""
+    options: dict[str, Any] = {}
+    if total.dtype != a.dtype:
+        if total.device.type == "cpu":
+            a, b = a.to(total.dtype), b.to(total.dtype)
+        else:
+            options = {"out_dtype": total.dtype}
+    if first:
+        torch.mm(a, b, out=total, **options)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a, b, out=total, **options)
 
 
-def _gradients_of_chunk(
-    head: Head, chunk: _Chunk, divisor: Tensor | None, saved: Tensor, entropy: Tensor,
-    grads: tuple[Tensor | None, ...], options: Options, sums: _Sums, scratch: Scratch, *, triton: bool,
-) -> None:  # fmt: skip
-    # The kernels read and write each element once, so that the gradient takes the logits' place.
-    grad_logits = chunk.logits if triton else scratch.take("gradient", chunk.logits.shape, chunk.logits.dtype, saved.device)
-    cross_entropy.write_gradients(
-        chunk.logits, head.target[chunk.rows], head.weight, _part(head.row_weight, chunk.rows), divisor,
-        saved, entropy, grads, options, grad_logits if sums.needs_logits else None, _part(sums.target, chunk.rows), triton,
-    )  # fmt: skip
-    if sums.needs_logits:
-        sums.add(chunk, grad_logits)
+def _grad_logits(chunk: _Chunk, sums: _Sums, scratch: Scratch, *, triton: bool) -> Tensor | None:
+    """Where a chunk's gradient goes: the kernels read and write each element once, so that it takes the logits' place."""
+    if not sums.needs_logits:
+        return None
+    return chunk.logits if triton else scratch.take("gradient", chunk.logits.shape, chunk.logits.dtype, chunk.logits.device)
 
 
 def forward_with_gradients(
     head: Head, options: Options, most: int, needed: tuple[bool, bool, bool, bool], *, triton: bool
-) -> tuple[Tensor, Gradients]:
-    """Losses of the rows, and the gradients of their mean or sum: each chunk's logits are computed once."""
-    rows, acc = options._replace(reduction=Reduction.NONE, divisor=None), accumulator(head.input.dtype)
-    divisor = head.divisor
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """Losses of the rows, what their mean divides by unless that is a number, and the gradients of their mean or sum.
+
+    Each chunk's logits are computed once.
+    """
+    acc = accumulator(head.input.dtype)
+    ignored, divisor = head.ignored(options), head.divisor
     if options.reduction == Reduction.MEAN and divisor is None and options.divisor is None:
-        divisor = mean_divisor(head, options)
+        divisor = mean_divisor(head, ignored)
     of_chunk = options._replace(reduction=Reduction.SUM)
     one = torch.ones((), dtype=acc, device=head.input.device)
     losses, sums, scratch = [], _Sums(head, needed), Scratch()
-    for chunk in _chunks(head, head.ignored(options), most, scratch):
-        loss, *_, saved, _ = cross_entropy.rows_forward(
-            chunk.logits, head.target[chunk.rows], head.weight, _part(head.row_weight, chunk.rows), rows, acc, triton
-        )
+    for chunk in _chunks(head, ignored, most, scratch):
+        grad_logits = _grad_logits(chunk, sums, scratch, triton=triton)
+        loss = cross_entropy.loss_and_gradient(
+            chunk.logits, head.target[chunk.rows], head.weight, _part(head.row_weight, chunk.rows), divisor, one, of_chunk,
+            grad_logits, _part(sums.target, chunk.rows), triton,
+        )  # fmt: skip
         losses.append(loss)
-        nothing = loss.new_empty(0)
-        upstream = (one.expand(loss.shape), None, None, None)
-        _gradients_of_chunk(head, chunk, divisor, saved, nothing, upstream, of_chunk, sums, scratch, triton=triton)
-    return torch.cat(losses) if losses else head.input.new_empty(0, dtype=acc), sums.result()
+        if grad_logits is not None:
+            sums.add(chunk, grad_logits)
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses) if losses else head.input.new_empty(0, dtype=acc)
+    return loss, divisor, sums.result()
 
 
 def backward(
@@ -196,8 +209,12 @@ def backward(
     """Gradients from those of the rows' losses and statistics; the logits are computed again."""
     sums, scratch = _Sums(head, needed), Scratch()
     for chunk in _chunks(head, head.ignored(options), most, scratch):
-        part = tuple(_part(g, chunk.rows) for g in grads)
-        own_saved = saved[..., chunk.rows].contiguous() if triton else saved
-        own_entropy = entropy[chunk.rows] if options.stats else entropy
-        _gradients_of_chunk(head, chunk, None, own_saved, own_entropy, part, options, sums, scratch, triton=triton)
+        grad_logits = _grad_logits(chunk, sums, scratch, triton=triton)
+        cross_entropy.write_gradients(
+            chunk.logits, head.target[chunk.rows], head.weight, _part(head.row_weight, chunk.rows), None,
+            saved[..., chunk.rows].contiguous() if triton else saved, entropy[chunk.rows] if options.stats else entropy,
+            tuple(_part(g, chunk.rows) for g in grads), options, grad_logits, _part(sums.target, chunk.rows), triton,
+        )  # fmt: skip
+        if grad_logits is not None:
+            sums.add(chunk, grad_logits)
     return sums.result()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator
+from ...core.scaling import scale_
 from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
 from . import chunks
@@ -50,9 +51,7 @@ def _reduced_forward(
     head = Head(input, linear_weight, linear_bias, target, weight, row_weight, divisor)
     arguments = (ignore_index, label_smoothing, softcap, logit_scale, z_loss, fixed_divisor)
     options = _options(arguments, reduction)
-    loss, gradients = chunks.forward_with_gradients(head, options, most, _needed(needed), triton=triton)
-    own = options.reduction == Reduction.MEAN and divisor is None and fixed_divisor is None
-    by = chunks.mean_divisor(head, options) if own else divisor
+    loss, by, gradients = chunks.forward_with_gradients(head, options, most, _needed(needed), triton=triton)
     return reference.reduce(loss, loss, by, options).to(dtype), *_tensors(gradients, input)
 
 
@@ -216,9 +215,7 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             _, *made = _reduced_forward(*tensors, *ctx.scalars)
-        if grad.device.type != "cpu" or float(grad) != 1.0:
-            for g in made:
-                g.mul_(grad.to(g.dtype))
+        scale_(made, grad, triton=ctx.scalars[-1])
         return (*_kept(tuple(made), needed), *nothing)
 
 
