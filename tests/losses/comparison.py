@@ -27,6 +27,8 @@ def check(
     differentiable: Sequence[str] = ("input",),
     dtype: torch.dtype | None = None,
     judge: torch.dtype = torch.float32,
+    *,
+    products: bool = False,
 ) -> Tensor:
     """Compare ``loss`` and its gradients with ``oracle`` in float64, for an upstream gradient that differs by element.
 
@@ -40,6 +42,7 @@ def check(
         arguments,
         differentiable,
         judge,
+        products=products,
     )
     assert results["loss"].dtype == dtype
     return results["loss"]
@@ -51,6 +54,8 @@ def check_outputs(
     arguments: dict[str, Any],
     differentiable: Sequence[str],
     judge: torch.dtype = torch.float32,
+    *,
+    products: bool = False,
 ) -> dict[str, Tensor]:
     """As :func:`check` for several outputs: the gradient through each alone, then through all of them together."""
     call = Call(arguments, tuple(differentiable))
@@ -63,7 +68,7 @@ def check_outputs(
             continue
         if name.startswith("gradient"):
             assert result.dtype == arguments[name.rpartition(" ")[2]].dtype
-        gk.testing.assert_close(result, exact[name], own[name], name)
+        gk.testing.assert_close(result, exact[name], own[name], name, products=products)
     return ours
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import genloss_kernels as gk
 from genloss_kernels.cases import linear_cross_entropy_oracle as _oracle
@@ -80,16 +81,19 @@ FUSED = "_cross_entropy_loss_and_gradient_kernel"
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_launch_makes_loss_and_gradient(kind: str, name: str, n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chunk, in rows of several tiles, aligned and not, and in both ways that the divisor comes."""
-    monkeypatch.setattr(launch, "row_tile", lambda *_, **__: launch.Tile(128, 4))
+    monkeypatch.setattr(launch, "row_tile", lambda *_, **__: launch.Tile(256, 4))
     monkeypatch.setattr(launch, "splits", lambda *_: 1)
     make, differentiable = KINDS[kind]
     drawn = {key: value() if callable(value) else value for key, value in OPTIONS[name].items()}
     if "weight" in drawn:
         drawn["weight"] = torch.rand(n_classes) + 0.5
-    for rest in ({}, {"divisor": 7.5}, {"reduction": "sum"}):
+    if "row_weight" in drawn:
+        drawn["row_weight"] = torch.rand(10) + 0.5
+    for rest in ({}, {"divisor": 7.5}, {"reduction": "sum"}) if name == "plain" else ({},):
+        given = make(n_rows=10, n_classes=n_classes, **drawn, **rest)
         with gk.backend("triton"), gk.testing.count_launches() as launches:
-            check(gk.linear_cross_entropy, _oracle, make(n_classes=n_classes, **drawn, **rest), differentiable)
-        assert launches == {FUSED: 3, "_scale_kernel": 1}
+            check(gk.linear_cross_entropy, _oracle, given, differentiable, products=True)
+        assert launches == {FUSED: 2, "_scale_kernel": 1}
 
 
 @pytest.mark.interpreter
@@ -466,6 +470,19 @@ def test_bad_input(chosen: str, name: str) -> None:
 def test_bad_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gk.LinearCrossEntropyOptions(**given)
+
+
+@pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("none", 4)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_operations_are_counted(reduction: str, products: int, compiled: bool) -> None:
+    """6 N V D with the gradients made in the forward, 8 where logits are computed again; less for a frozen head."""
+    given = _labels(bias=False, reduction=reduction)
+    for learning, fewer in (("input", "linear_weight"), 0), (("input",), 1):
+        leaves = {name: given[name].detach().requires_grad_(name in learning) for name in ("input", "linear_weight")}
+        loss = torch.compile(gk.linear_cross_entropy, backend="aot_eager") if compiled else gk.linear_cross_entropy
+        with FlopCounterMode(display=False) as counter:
+            loss(**given | leaves).sum().backward()
+        assert counter.get_total_flops() == 2 * 20 * 300 * 12 * (products - fewer)
 
 
 def test_module(path: str) -> None:

@@ -15,6 +15,7 @@ from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
 from . import chunks
 from .chunks import Gradients, Head
+from .flops import register_formulas
 
 Needed = tuple[bool, bool, bool, bool]
 
@@ -142,6 +143,7 @@ linear_cross_entropy_rows_backward = register(
     _rows_backward,
     _rows_backward_fake,
 )
+register_formulas()
 
 
 def by_reference(head: Head, options: Options) -> tuple[Tensor, reference.Rows]:
