@@ -101,7 +101,7 @@ def save_plot(path: Path, runs: dict[str, Run], check: CurveCheck) -> None:
     figure = Figure(figsize=(8, 7), layout="constrained")
     loss_axis, gap_axis = figure.subplots(2, 1, sharex=True)
     steps = range(1, len(runs[reference].losses) + 1)
-    for (name, run), style in zip(runs.items(), ("-", "--", ":"), strict=True):
+    for (name, run), style in zip(runs.items(), ("-", "--", "-.", ":"), strict=False):
         loss_axis.plot(steps, run.losses, style, label=name, linewidth=2)
     loss_axis.set_ylabel("cross entropy (nats per token)")
     loss_axis.legend()

@@ -81,6 +81,10 @@ def loss_from_logits(cross_entropy: CrossEntropy, model: Decoder, inputs: Tensor
     return cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
 
 
+def loss_from_hidden(linear_cross_entropy: CrossEntropy, model: Decoder, inputs: Tensor, labels: Tensor) -> Tensor:
+    return linear_cross_entropy(model.hidden(inputs), model.head.weight, labels)
+
+
 def train(config: Config, tokens: Tensor, objective: Objective, perturb: bool, name: str) -> Run:
     """Train from `config.seed`; `perturb` moves each initial weight by one ulp and changes nothing else."""
     device = torch.device(config.device)

@@ -2,8 +2,9 @@
 
     python benchmarks/readme_tables.py [--check]
 
-Reads bench.json and train_lm.json in each folder of benchmarks/results, and benchmarks/results/meters.json. With --check
-nothing is written, and the exit status is 1 if README.md does not say what the files say.
+Reads bench.json, linear_head.json and train_lm.json in each folder of benchmarks/results, and
+benchmarks/results/meters.json. With --check nothing is written, and the exit status is 1 if README.md does not say what
+the files say.
 """
 
 import argparse
@@ -70,6 +71,25 @@ def training_section(report: dict[str, Any], folder: Path) -> str:
     )
 
 
+def head_section(report: dict[str, Any], folder: Path) -> str:
+    reference, rows = report["candidates"]["logits"], []
+    for name, found in report["candidates"].items():
+        quotient = spread([a / b for a, b in zip(found["seconds"], reference["seconds"], strict=True)])
+        relative = f"{quotient.median:.2f} ({quotient.low:.2f} to {quotient.high:.2f})"
+        memory = f"{found['peak_bytes'] / 2**20:.0f} MiB"
+        rows.append([name, relative, memory, f"{found['peak_bytes'] / reference['peak_bytes']:.2f}"])
+    shape, path = report["shape"], folder.relative_to(ROOT)
+    fits = " and ".join(f"{axis} ** {found['exponent']:.2f}" for axis, found in report["scaling"].items())
+    spaces = [point["workspace_bytes"] / 2**20 for point in report["scaling"]["tokens"]["points"]]
+    return (
+        f"**A vocabulary head with its loss** (`benchmarks/linear_head.py`: {shape['tokens']} tokens, {shape['features']} "
+        f"features, {shape['vocabulary']} classes, {report['dtype']}), forward and backward, beside "
+        f"`F.cross_entropy(F.linear(...))`. Over 16 times the size our time grows as {fits}, and the workspace is "
+        f"{min(spaces):.0f} to {max(spaces):.0f} MiB whatever the number of tokens. [Samples]({path}/linear_head.json).\n\n"
+        + markdown_table(["candidate", "time / logits", "peak memory above inputs", "/ logits"], rows)
+    )
+
+
 def meters_section(report: dict[str, Any]) -> str:
     rows = [
         [
@@ -90,10 +110,13 @@ def meters_section(report: dict[str, Any]) -> str:
     )
 
 
+SECTIONS = {"bench.json": bench_section, "linear_head.json": head_section, "train_lm.json": training_section}
+
+
 def figures() -> str:
     parts = []
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
-        for name, section in (("bench.json", bench_section), ("train_lm.json", training_section)):
+        for name, section in SECTIONS.items():
             file = folder / name
             if file.exists():
                 parts.append(section(json.loads(file.read_text()), folder))

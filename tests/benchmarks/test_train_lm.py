@@ -19,7 +19,7 @@ import lm_data
 import train_lm
 from lm_model import Decoder, perturb_by_one_ulp
 from lm_report import check_curves
-from lm_train import loss_from_logits
+from lm_train import loss_from_hidden, loss_from_logits
 
 TORCH = [10.0, 9.0, 8.0]
 CONTROL = [10.0, 9.001, 8.0]
@@ -34,8 +34,8 @@ def tiny_run(tmp_path):
     sizes = {"--vocab-size": 300, "--steps": 3, "--batch": 2, "--seq-len": 16, "--dim": 16, "--layers": 1}
     options = [str(word) for option in sizes.items() for word in option]
 
-    def run(**kwargs):
-        argv = ["--text", str(text), "--out", str(out), "--device", "cpu", *options]
+    def run(*more, **kwargs):
+        argv = ["--text", str(text), "--out", str(out), "--device", "cpu", *options, *more]
         return train_lm.main(argv, isolate=False, **kwargs)
 
     return run, out
@@ -85,6 +85,23 @@ def test_run_writes_report_and_plot(tiny_run, capsys):
     assert (out / "train_lm.png").read_bytes().startswith(b"\x89PNG")
     assert report["step_time_ratios"]["genloss_kernels"]["median"] > 0
     assert "PASS" in capsys.readouterr().out
+
+
+def test_fused_head_runs_beside_the_others(tiny_run):
+    run, out = tiny_run
+    assert run("--head", "fused") == 0
+    assert list(json.loads((out / "train_lm.json").read_text())["runs"]) == [
+        "torch",
+        "genloss_kernels",
+        "fused head",
+        "control",
+    ]
+
+    def wrong(hidden, weight, labels):
+        return 1.01 * F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
+
+    objectives = {**train_lm.OBJECTIVES, "fused head": partial(loss_from_hidden, wrong)}
+    assert run("--head", "fused", objectives=objectives) == 1
 
 
 def test_tokens_are_cached(tmp_path, monkeypatch):
