@@ -519,6 +519,50 @@ def test_known_failure_probability_near_one(path: str) -> None:
     check(gk.linear_cross_entropy, _oracle, given, ("input", "linear_weight"))
 
 
+def test_known_failure_weight_gradient_summed_in_half_precision(path: str) -> None:
+    """Over 64 chunks, whose products all point the same way: sums in bfloat16 would stop growing."""
+    given = _in(torch.bfloat16, _labels(128, 300, bias=False, reduction="sum"))
+    given |= {"input": given["input"].abs() + 0.5, "target": torch.full((128,), 7)}
+    gradients = []
+    for size in (2, 128):
+        leaf = given["linear_weight"].detach().requires_grad_()
+        options = gk.LinearCrossEntropyOptions(batch_chunk_size=size)
+        (grad,) = torch.autograd.grad(gk.linear_cross_entropy(**given | {"linear_weight": leaf}, options=options), leaf)
+        gradients.append(grad.double())
+    many, one = gradients
+    assert (many - one).norm() <= 2.0**-9 * one.norm()
+
+
+def test_known_failure_micro_batches_of_unequal_length(path: str) -> None:
+    """A divisor counts the labels of all micro-batches, where a mean of means would weigh the short one's more."""
+    given = _labels(divisor=13.0)
+
+    def accumulated(input: Tensor, target: Tensor, **rest: Any) -> Tensor:
+        parts = [slice(0, 15), slice(15, 20)]
+        return torch.stack([gk.linear_cross_entropy(input[p], target=target[p], **rest) for p in parts]).sum()
+
+    def whole(divisor: float, **rest: Any) -> Tensor:
+        return _oracle(**rest)
+
+    assert (given["target"] != -100).sum() == 13
+    check(accumulated, whole, given, LAYER)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_label_out_of_range_on_a_device(path: str, reduction: str) -> None:
+    """Its row and the gradient of the layer are NaN, and nothing else is."""
+    given = _labels(bias=False, reduction=reduction)
+    given["target"][4] = 300
+    leaves = {name: given[name].detach().requires_grad_() for name in ("input", "linear_weight")}
+    with gk.testing.device_semantics():
+        rows = gk.linear_cross_entropy(**given | leaves)
+        input, weight = torch.autograd.grad(rows.sum(), list(leaves.values()))
+    assert rows.isnan().any()
+    for result in (rows, input[:, 0]) if reduction == "none" else (input[:, 0],):
+        assert result.isnan().nonzero().tolist() == [[4]]
+    assert weight.isnan().all()
+
+
 def test_aligned_classes(path: str) -> None:
     given = _labels(bias=False)
     given["input"], given["linear_weight"] = aligned(20, 16), aligned(304, 16)
