@@ -36,9 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import genloss_kernels as gk
+from genloss_kernels.bench.candidates import CHUNKED, OURS, torch_chunked
 from genloss_kernels.bench.results import spread
 
-OURS, LOGITS, CHUNKED = "genloss_kernels", "logits", "torch chunked"
+LOGITS = "logits"
 MIB = 2**20
 
 
@@ -52,14 +53,9 @@ def _whole_logits(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(input, weight), target)
 
 
-def _torch_chunked(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(input, weight, target, options=options)
-
-
 CANDIDATES: dict[str, Callable[..., Tensor]] = {LOGITS: _whole_logits, OURS: gk.linear_cross_entropy}
 if hasattr(F, "linear_cross_entropy"):
-    CANDIDATES[CHUNKED] = _torch_chunked
+    CANDIDATES[CHUNKED] = torch_chunked
 
 
 def draw(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:

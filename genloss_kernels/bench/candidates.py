@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cases import Case
 from . import peers
 
-OURS, BUILTIN, COMPILED = "genloss_kernels", "torch", "torch.compile"
+OURS, BUILTIN, COMPILED, CHUNKED = "genloss_kernels", "torch", "torch.compile", "torch chunked"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,17 @@ def builtin(case: Case) -> Callable[..., Tensor]:
     return case.builtin or getattr(F, case.loss, case.oracle)
 
 
+def torch_chunked(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """Torch's own linear cross entropy, since 2.13, with the options that make it work in chunks."""
+    return F.linear_cross_entropy(input, linear_weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
 def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Candidate]:
     found = [Candidate(OURS, case.function), Candidate(BUILTIN, builtin(case))]
     if compiled:
         # Each case compiles afresh: recompilations count against a limit, beyond which torch falls back to eager.
         torch.compiler.reset()
         found.append(Candidate(COMPILED, torch.compile(builtin(case), dynamic=False)))
+    if case.loss == "linear_cross_entropy" and hasattr(F, "linear_cross_entropy"):
+        found.append(Candidate(CHUNKED, torch_chunked))
     return found + [Candidate(peer.package, peer, peer.overwrites) for peer in peers.installed(case.loss, device)]

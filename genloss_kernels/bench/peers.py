@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,25 +15,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peer:
-    """A library's function that takes torch's arguments; ``overwrites`` says that its gradient replaces the input."""
+    """A library's function; ``overwrites`` says that its gradient replaces the input, ``names`` what it calls arguments."""
 
     package: str
     loss: str
     module: str
     name: str
     overwrites: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def _function(self) -> Callable[..., Tensor]:
         return getattr(importlib.import_module(self.module), self.name)
 
     def __call__(self, **arguments: Any) -> Tensor:
-        return self._function(**arguments)
+        return self._function(**{self.names.get(name, name): value for name, value in arguments.items()})
 
 
-# Checked against Liger-Kernel 0.8.5.
+# Checked against Liger-Kernel 0.8.5 and cut-cross-entropy 25.1.1.
 PEERS = (
     Peer("liger_kernel", "cross_entropy", "liger_kernel.transformers.functional", "liger_cross_entropy", overwrites=True),
+    Peer(
+        "liger_kernel",
+        "linear_cross_entropy",
+        "liger_kernel.transformers.functional",
+        "liger_fused_linear_cross_entropy",
+        names={"linear_weight": "weight"},
+    ),
+    Peer(
+        "cut_cross_entropy",
+        "linear_cross_entropy",
+        "cut_cross_entropy",
+        "linear_cross_entropy",
+        names={"input": "e", "linear_weight": "c", "target": "targets"},
+    ),
 )
 
 

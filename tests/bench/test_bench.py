@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genloss_kernels import cases
 from genloss_kernels.bench import peers, progress, table, timing
-from genloss_kernels.bench.candidates import BUILTIN, OURS, Candidate, builtin, candidates
+from genloss_kernels.bench.candidates import BUILTIN, CHUNKED, OURS, Candidate, builtin, candidates
 from genloss_kernels.bench.results import Report, Result, slug, spread
 from genloss_kernels.bench.timing import Limit, Race, Samples
 
@@ -53,6 +53,22 @@ def test_a_peer_is_imported_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -
     module = types.SimpleNamespace(function=lambda input: input + 1)
     monkeypatch.setattr(peers.importlib, "import_module", lambda name: {"package.module": module}[name])
     assert peer(input=1) == 2
+
+
+def test_a_peer_has_its_own_names_for_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = peers.Peer("package", "loss", "package.module", "function", names={"linear_weight": "c"})
+    module = types.SimpleNamespace(function=lambda input, c: input - c)
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: module)
+    assert peer(input=3, linear_weight=1) == 2
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="newer than this torch")
+def test_torchs_chunks_compete_with_ours() -> None:
+    case = next(c for c in cases.select(cases.BENCH, ("linear_cross_entropy",)))
+    found = candidates(case, CPU, compiled=False)
+    assert [c.name for c in found] == [OURS, BUILTIN, CHUNKED]
+    given = {"input": torch.randn(40, 8), "linear_weight": torch.randn(30, 8), "target": torch.randint(30, (40,))}
+    assert len({round(c.function(**given).item(), 4) for c in found}) == 1
 
 
 def test_rounds_alternate() -> None:

@@ -50,6 +50,20 @@ def test_small_elements_are_held_to_their_own_size() -> None:
         assert_close(actual, expected, like)
 
 
+def test_sums_of_products_are_held_to_the_largest_error() -> None:
+    expected = torch.tensor([1.0, 1e-4], dtype=torch.float64).repeat(500)
+    like = expected.float()
+    like[0] += 1e-5
+    actual = expected.float()
+    actual[1] += 1e-5
+    assert_close(actual, expected, like, products=True)
+    with pytest.raises(AssertionError):
+        assert_close(actual, expected, like)
+    actual[1] += 2e-5
+    with pytest.raises(AssertionError):
+        assert_close(actual, expected, like, products=True)
+
+
 def test_errors_of_torch_count_twice() -> None:
     expected = torch.linspace(1.0, 1.9, 64, dtype=torch.float64)
     like = expected.float()
