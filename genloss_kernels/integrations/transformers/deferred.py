@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import functional as F
 from . import heads
-from .loss import as_divisor, check_vocab_size, loss_in_float32, next_tokens
+from .loss import as_divisor, causal_lm_loss, check_vocab_size, loss_in_float32, next_tokens
 
 
 class LossCall:
@@ -71,6 +71,8 @@ class DeferredLogits:
         **kwargs: Any,
     ) -> Tensor:
         """As :func:`causal_lm_loss`."""
+        if self._logits is not None:  # and may have been written to
+            return causal_lm_loss(self._logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
         hidden = self._hidden
         check_vocab_size(self.size(-1), vocab_size)
         target = next_tokens(hidden.shape[:-1], labels, shift_labels, ignore_index).to(hidden.device)
@@ -153,6 +155,8 @@ class DeferredLogits:
     def _after(
         self, operation: Callable[[Any], Any], *, factor: float = 1.0, tanh: bool = False, n_classes: int | None = None
     ) -> Any:
+        if self._logits is not None:
+            return operation(self._logits)
         after = DeferredLogits(self._head, self._compute, self._hidden, self._demanded)
         after._done = (*self._done, operation)
         after._tanh = self._tanh or tanh

@@ -1,0 +1,419 @@
+"""The loss of causal language models, and the patch, beside transformers' own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import genloss_kernels as gk
+from genloss_kernels.testing import assert_close
+
+pytest.importorskip("transformers")
+
+from transformers import LlamaForCausalLM  # noqa: E402
+from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
+
+from .models import CONFIGS, VOCABULARY, batch, build  # noqa: E402
+
+causal_lm_loss = gk.integrations.transformers.causal_lm_loss
+patch = gk.integrations.transformers.patch
+
+MODES = ("logits", "fused")
+
+
+def exact_loss(
+    logits: Tensor, labels: Any, vocab_size: Any = None, num_items_in_batch: Any = None, ignore_index: int = -100,
+    shift_labels: Any = None, **_: Any,
+) -> Tensor:  # fmt: skip
+    """In float64, where transformers rounds the logits to float32, and by the definition: each token predicts the next."""
+    if shift_labels is None:
+        rows, target = logits[..., :-1, :].double(), labels[..., 1:]
+    else:
+        rows, target = logits.double(), shift_labels
+    losses = -rows.log_softmax(-1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    valid = target != ignore_index
+    count = valid.sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.where(valid, losses, 0.0).sum() / count
+
+
+def step(model: Any, **arguments: Any) -> dict[str, Tensor]:
+    """The loss and every parameter's gradient."""
+    model.zero_grad()
+    loss = model(**batch() | arguments).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **{name: g.clone() for name, g in found.items()}}
+
+
+def exact_step(model: Any, **arguments: Any) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).double()
+    model.loss_function = exact_loss
+    return {name: value.double() for name, value in step(model, **arguments).items()}
+
+
+def assert_steps_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], native: dict[str, Tensor]) -> None:
+    """Gradients as one vector: some, as of a key's bias, are zero but for what cancels in the others' rounding."""
+    assert actual.keys() == expected.keys() == native.keys()
+    assert_close(actual["loss"], expected["loss"], native["loss"], "loss")
+    assert_close(*(torch.cat([g.flatten() for g in s.values()]) for s in (actual, expected, native)), "gradients")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_the_native_ones(name: str) -> None:
+    """With a count of labels that is not the batch's, and reverting leaves no trace."""
+    model, arguments = build(name), {"num_items_in_batch": torch.tensor(23)}
+    expected, native = exact_step(model, **arguments), step(model, **arguments)
+    before = [vars(m).copy() for m in (model, model.get_output_embeddings())]
+    for mode in MODES:
+        handle = patch(model, mode)
+        assert handle.mode == mode
+        handle.losses = 0
+        assert_steps_agree(step(model, **arguments), expected, native)
+        assert (handle.losses, handle.demands) == (1, [])
+        handle.revert()
+        assert [vars(m) for m in (model, model.get_output_embeddings())] == before
+    again = step(model, **arguments)
+    assert all(torch.equal(again[name], native[name]) for name in native)
+
+
+# --- the loss function ------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(function: Callable[..., Tensor], logits: Tensor, *args: Any, **arguments: Any) -> list[Tensor]:
+    leaf = logits.detach().requires_grad_()
+    loss = function(leaf, *args, **arguments).reshape(())
+    return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 9, VOCABULARY),
+    "one sequence": lambda: torch.randn(9, VOCABULARY),
+    "three leading dimensions": lambda: torch.randn(2, 3, 9, VOCABULARY),
+    "slice of a longer sequence": lambda: torch.randn(2, 12, VOCABULARY)[:, 2:11],
+    "slice of a padded vocabulary": lambda: torch.randn(2, 9, 128)[..., :VOCABULARY],
+    "classes before tokens": lambda: torch.randn(2, VOCABULARY, 9).transpose(1, 2),
+    "empty batch": lambda: torch.randn(0, 9, VOCABULARY),
+}
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "number of items": {"num_items_in_batch": 23},
+    "items as a tensor": {"num_items_in_batch": torch.tensor(23)},
+    "items of DataParallel": {"num_items_in_batch": torch.tensor([23])},
+    "items counted by halves": {"num_items_in_batch": 11.5},
+    "another ignored label": {"ignore_index": 7},
+    "keywords of others": {"num_items_in_batch": 23, "output_router_logits": True, "cu_seq_lens_q": None},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_loss_function_is_the_definition(layout: str, arguments: str) -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    torch.manual_seed(0)
+    logits, chosen = LAYOUTS[layout](), ARGUMENTS[arguments]
+    labels = torch.randint(VOCABULARY, logits.shape[:-1])
+    labels[..., ::4] = chosen.get("ignore_index", -100)
+    kept = logits.clone()
+    actual = loss_and_gradient(causal_lm_loss, logits, labels, VOCABULARY, **chosen)
+    expected = loss_and_gradient(exact_loss, logits.double(), labels, **chosen)
+    native = loss_and_gradient(ForCausalLMLoss, logits.contiguous(), labels, VOCABULARY, **chosen)
+    for name, *values in zip(("loss", "gradient"), actual, expected, native, strict=True):
+        assert_close(*values, name=name)
+    assert torch.equal(logits, kept)
+
+
+def test_arguments_come_in_the_order_of_transformers() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    def names(function: Any) -> list[str]:
+        return [*inspect.signature(function).parameters]
+
+    assert names(causal_lm_loss) == names(ForCausalLMLoss)
+
+
+def test_labels_that_are_shifted_already() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, VOCABULARY), torch.randint(VOCABULARY, (2, 5))
+    expected = causal_lm_loss(logits, labels)
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
+    assert torch.equal(causal_lm_loss(logits, None, shift_labels=shifted), expected)
+    assert torch.equal(causal_lm_loss(logits, labels.flip(0), VOCABULARY, None, -100, shifted), expected)
+    assert torch.equal(causal_lm_loss(logits, None, shift_labels=shifted.flatten()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_is_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 9, VOCABULARY, dtype=dtype), torch.randint(VOCABULARY, (2, 9))
+    loss, gradient = loss_and_gradient(causal_lm_loss, logits, labels)
+    expected, expected_gradient = loss_and_gradient(exact_loss, logits.double(), labels)
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected)
+    assert gradient.dtype == dtype
+    assert_close(gradient, expected_gradient)
+
+
+def test_nothing_but_ignored_labels() -> None:
+    """As torch: no mean of nothing, and nothing to add to the sum over the other micro-batches."""
+    logits, labels = torch.randn(2, 5, VOCABULARY), torch.full((2, 5), -100)
+    assert causal_lm_loss(logits, labels).isnan()
+    loss, gradient = loss_and_gradient(causal_lm_loss, logits, labels, num_items_in_batch=3)
+    assert loss == 0.0
+    assert not gradient.any()
+    assert causal_lm_loss(logits, labels, num_items_in_batch=0).isnan()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"labels": None}, TypeError, "labels or shift_labels"),
+        ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"shape \[2, 5\]"),
+        ({"labels": None, "shift_labels": torch.zeros(9, dtype=torch.int64)}, ValueError, r"shape \[2, 5\]"),
+        ({"labels": torch.zeros(2, 5, dtype=torch.int64), "vocab_size": 10}, ValueError, "11 classes"),
+        ({"labels": torch.full((2, 5), 11)}, IndexError, "11"),
+    ],
+)
+def test_bad_input_to_the_loss_function(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        causal_lm_loss(torch.zeros(2, 5, 11), **arguments)
+
+
+# --- what the model does to its logits --------------------------------------------------------------------------------
+
+
+class Transformed(LlamaForCausalLM):
+    """Does something to its logits that no configuration tells."""
+
+    transform: Any = None
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.transform(self.lm_head(self.model(input_ids=input_ids).last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def transformed(transform: Callable[[Any], Any], **changes: Any) -> Any:
+    model = build("llama", **changes)
+    model.__class__, model.transform = Transformed, transform
+    return model
+
+
+def cap_in_place(logits: Any) -> Any:
+    logits /= 0.2
+    return torch.tanh(logits) * 0.2
+
+
+RECORDED: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda x: x,
+    "factor": lambda x: x * 3.0,
+    "factor from the left": lambda x: 3 * x,
+    "divisor": lambda x: x / 0.25,
+    "factors": lambda x: 2.0 * (x / 0.5) * 3,
+    "torch.mul": lambda x: torch.mul(x, 3.0),
+    "torch.div": lambda x: torch.div(x, 0.25),
+    "softcap": lambda x: 0.2 * torch.tanh(x / 0.2),
+    "softcap in place": cap_in_place,
+    "softcap by method, after a factor": lambda x: (x * 4.0 / 0.5).tanh() * 0.5,
+    "softcap by functional, scaled afterwards": lambda x: torch.nn.functional.tanh(x / 0.2) * 0.2 * 3.0,
+    "softcap without its inner factor": lambda x: x.tanh() * 5.0,
+    "casts": lambda x: x.float().to(torch.float32).to(x.device).contiguous(),
+    "fewer classes": lambda x: x[..., :90],
+    "fewer classes twice, then a factor": lambda x: x[..., :95][..., :90] * 2.0,
+    "more classes than there are": lambda x: x[..., :1000],
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_done_to_the_logits_is_part_of_the_fused_loss(name: str, bias: bool) -> None:
+    model = transformed(RECORDED[name])
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1.0, 1.0, VOCABULARY))
+    inputs = {"labels": batch()["labels"].clamp(max=89)}
+    native, expected = step(model, **inputs), exact_step(model, **inputs)
+    # In float32: the inner factors and the cap are rounded once each, natively and by us.
+    handle = patch(model, "fused")
+    assert_steps_agree(step(model, **inputs), expected, native)
+    assert handle.demands == []
+
+
+COMPUTED: dict[str, Callable[[Any], Any]] = {
+    "sum": lambda x: x + 0.01 * torch.arange(x.shape[-1]),
+    "sum from the left": lambda x: 1.0 - x,
+    "other tensor": lambda x: torch.ones(x.size(-1)) * x,
+    "factor that learns": lambda x: x * torch.ones((), requires_grad=True),
+    "negative factor": lambda x: x * -1.0,
+    "factor of zero": lambda x: x * 0.0,
+    "negative divisor": lambda x: x / -1.0,
+    "tanh of tanh": lambda x: torch.tanh(torch.tanh(x)),
+    "method": lambda x: x.clamp(-0.1, 0.1),
+    "function": lambda x: torch.relu(x),
+    "function of a list": lambda x: torch.cat([x[..., :50], x[..., 50:]], -1),
+    "power": lambda x: x**3,
+    "in place": lambda x: x.add_(1.0),
+    "item": lambda x: x.__setitem__((..., 3), 0.5) or x,
+    "first classes": lambda x: x[..., 1:],
+    "every other class": lambda x: x[..., ::2],
+    "indexing": lambda x: x[:, :, :90],
+    "float64": lambda x: x.to(torch.float64),
+    "look at the values": lambda x: x * (2.0 if (x > 0).any() else 3.0),
+    "softcap and then more": lambda x: torch.tanh(x / 0.2) * 0.2 + 1.0,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_anything_else_computes_the_logits(name: str) -> None:
+    """Which ``fused`` refuses and ``auto`` finds out; without verification the numbers are right all the same."""
+    model = transformed(COMPUTED[name])
+    model.loss_function = causal_lm_loss
+    inputs = {"labels": batch()["labels"].clamp(max=40)}
+    native, expected, before = step(model, **inputs), exact_step(model, **inputs), vars(model).copy()
+    with pytest.raises(RuntimeError, match="does more to its logits"):
+        patch(model, "fused")
+    assert vars(model) == before
+    handle = patch(model, "auto")
+    assert handle.mode == "logits"
+    handle.revert()
+    handle = patch(model, "fused", verify=False)
+    assert_steps_agree(step(model, **inputs), expected, native)
+    assert handle.demands
+    assert model(**batch() | inputs).logits.shape == model(**batch() | inputs, return_logits=True).logits.shape
+
+
+def test_stand_in_answers_what_needs_no_values() -> None:
+    seen: list[Any] = []
+
+    def look(logits: Any) -> Any:
+        seen.append((logits.shape, logits.size(), logits.size(-1), logits.dim(), logits.dtype, logits.device))
+        return logits
+
+    model = transformed(look)
+    model(**batch())
+    handle = patch(model, "fused")
+    model(**batch())
+    assert seen[-1] == seen[0]
+    assert handle.demands == []
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def native_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **kwargs)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softcap too large to show in fresh logits": lambda x, *a, **k: native_loss(1000.0 * torch.tanh(x / 1000.0), *a, **k),
+    "factor": lambda x, *a, **k: native_loss(x * 1.01, *a, **k),
+    "z-loss": lambda x, *a, **k: native_loss(x, *a, **k) + 1e-4 * x.logsumexp(-1).square().mean(),
+    "no shift": lambda x, labels, v, **k: native_loss(x, None, v, shift_labels=labels),
+    "gradient alone": lambda x, *a, **k: native_loss(x, *a, **k) + 0.1 * (x.sum() - x.sum().detach()),
+    "count ignored": lambda x, *a, num_items_in_batch=None, **k: native_loss(x, *a, **k),
+    "shift_labels ignored": lambda x, *a, shift_labels=None, **k: native_loss(x, *a, **k),
+    "error": lambda x, *a, **k: native_loss(x, *a, **k) + torch.ones(3)[5],
+}
+
+
+def refused(model: Any, mode: str, message: str) -> None:
+    modules = [*model.modules()]
+    before, hooks = [vars(m).copy() for m in modules], [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules]
+    with pytest.raises(RuntimeError, match=message):
+        patch(model, mode)
+    assert [vars(m) for m in modules] == before
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules] == hooks
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_model_with_another_loss_is_refused(name: str, mode: str) -> None:
+    model = build("llama")
+    own = LOSSES[name]
+    model.loss_function = lambda logits, labels, vocab_size, **k: own(logits, labels, vocab_size, **k)
+    refused(model, mode, "fails with IndexError" if name == "error" else "loss differs|gradient of the logits differs")
+
+
+class CapsInside(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 30.0 * torch.tanh(super().forward(input) / 30.0)
+
+
+def capped_head(model: Any) -> None:
+    model.lm_head.__class__ = CapsInside
+
+
+def replaced_forward(model: Any) -> None:
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight) * 1.5
+
+
+def output_hook(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def input_hook(model: Any) -> None:
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+
+
+def own_loss(model: Any) -> None:
+    model.__class__ = ComputesItself
+
+
+class ComputesItself(LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "fused", "logits"),
+    [
+        (capped_head, "CapsInside, not a linear layer", None),
+        (replaced_forward, "forward of its output layer has been replaced", None),
+        (output_hook, "loss differs", None),
+        (input_hook, "a hook changes the input", None),
+        (own_loss, "does more to its logits", "does not compute its loss by model.loss_function"),
+    ],
+)
+def test_model_that_cannot_be_proven_equal_is_refused(change: Callable[..., None], fused: str, logits: str | None) -> None:
+    model = build("llama")
+    change(model)
+    refused(model, "fused", fused)
+    if logits is None:
+        assert patch(model, "auto").mode == "logits"
+    else:
+        refused(model, "logits", logits)
+        refused(model, "auto", f"(?s){fused}.*{logits}")
+
+
+def test_models_of_transformers_that_do_more_to_their_logits() -> None:
+    bart = build("bart")
+    refused(bart, "fused", "needs them computed")
+    refused(bart, "auto", "does not compute its loss by model.loss_function")
+
+
+def test_bad_arguments_of_patch() -> None:
+    with pytest.raises(ValueError, match="mode must be one of 'logits', 'fused', 'auto', got 'fast'"):
+        patch(build("llama"), "fast")
+    with pytest.raises(TypeError, match="transformers model with a loss_function, got Linear"):
+        patch(torch.nn.Linear(2, 2))
+    model = build("llama")
+    patch(model)
+    with pytest.raises(RuntimeError, match=r"patched already: call model\.loss_function\.handle\.revert"):
+        patch(model)
+    with pytest.raises(RuntimeError, match="meta device"):
+        patch(build("llama").to("meta"))
