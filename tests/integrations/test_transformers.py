@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
+import functools
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -19,52 +20,15 @@ from genloss_kernels.testing import assert_close
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaForCausalLM  # noqa: E402
-from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .models import CONFIGS, VOCABULARY, batch, build  # noqa: E402
+from .models import CONFIGS, VOCABULARY, assert_steps_agree, batch, build, exact_loss, exact_step, step
 
 causal_lm_loss = gk.integrations.transformers.causal_lm_loss
 patch = gk.integrations.transformers.patch
 
 MODES = ("logits", "fused")
-
-
-def exact_loss(
-    logits: Tensor, labels: Any, vocab_size: Any = None, num_items_in_batch: Any = None, ignore_index: int = -100,
-    shift_labels: Any = None, **_: Any,
-) -> Tensor:  # fmt: skip
-    """In float64, where transformers rounds the logits to float32, and by the definition: each token predicts the next."""
-    if shift_labels is None:
-        rows, target = logits[..., :-1, :].double(), labels[..., 1:]
-    else:
-        rows, target = logits.double(), shift_labels
-    losses = -rows.log_softmax(-1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    valid = target != ignore_index
-    count = valid.sum() if num_items_in_batch is None else num_items_in_batch
-    return torch.where(valid, losses, 0.0).sum() / count
-
-
-def step(model: Any, **arguments: Any) -> dict[str, Tensor]:
-    """The loss and every parameter's gradient."""
-    model.zero_grad()
-    loss = model(**batch() | arguments).loss
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **{name: g.clone() for name, g in found.items()}}
-
-
-def exact_step(model: Any, **arguments: Any) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).double()
-    model.loss_function = exact_loss
-    return {name: value.double() for name, value in step(model, **arguments).items()}
-
-
-def assert_steps_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], native: dict[str, Tensor]) -> None:
-    """Gradients as one vector: some, as of a key's bias, are zero but for what cancels in the others' rounding."""
-    assert actual.keys() == expected.keys() == native.keys()
-    assert_close(actual["loss"], expected["loss"], native["loss"], "loss")
-    assert_close(*(torch.cat([g.flatten() for g in s.values()]) for s in (actual, expected, native)), "gradients")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -260,7 +224,7 @@ COMPUTED: dict[str, Callable[[Any], Any]] = {
     "negative divisor": lambda x: x / -1.0,
     "tanh of tanh": lambda x: torch.tanh(torch.tanh(x)),
     "method": lambda x: x.clamp(-0.1, 0.1),
-    "function": lambda x: torch.relu(x),
+    "function": torch.relu,
     "function of a list": lambda x: torch.cat([x[..., :50], x[..., 50:]], -1),
     "power": lambda x: x**3,
     "in place": lambda x: x.add_(1.0),
@@ -318,14 +282,14 @@ def native_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_ba
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "softcap too large to show in fresh logits": lambda x, *a, **k: native_loss(1000.0 * torch.tanh(x / 1000.0), *a, **k),
-    "factor": lambda x, *a, **k: native_loss(x * 1.01, *a, **k),
-    "z-loss": lambda x, *a, **k: native_loss(x, *a, **k) + 1e-4 * x.logsumexp(-1).square().mean(),
-    "no shift": lambda x, labels, v, **k: native_loss(x, None, v, shift_labels=labels),
-    "gradient alone": lambda x, *a, **k: native_loss(x, *a, **k) + 0.1 * (x.sum() - x.sum().detach()),
-    "count ignored": lambda x, *a, num_items_in_batch=None, **k: native_loss(x, *a, **k),
-    "shift_labels ignored": lambda x, *a, shift_labels=None, **k: native_loss(x, *a, **k),
-    "error": lambda x, *a, **k: native_loss(x, *a, **k) + torch.ones(3)[5],
+    "softcap too large to show in fresh logits": lambda logits, **k: native_loss(1e3 * torch.tanh(logits / 1e3), **k),
+    "factor": lambda logits, **k: native_loss(logits * 1.01, **k),
+    "z-loss": lambda logits, **k: native_loss(logits, **k) + 1e-4 * logits.logsumexp(-1).square().mean(),
+    "no shift": lambda logits, **k: native_loss(logits, **{"shift_labels": k["labels"]} | k),
+    "gradient alone": lambda logits, **k: native_loss(logits, **k) + 0.1 * (logits.sum() - logits.sum().detach()),
+    "count ignored": lambda *a, **k: native_loss(*a, **k | {"num_items_in_batch": None}),
+    "shift_labels ignored": lambda *a, **k: native_loss(*a, **k | {"shift_labels": None}),
+    "error": lambda logits, **k: native_loss(logits, **k) + torch.ones(3)[5],
 }
 
 
@@ -342,8 +306,7 @@ def refused(model: Any, mode: str, message: str) -> None:
 @pytest.mark.parametrize("mode", [*MODES, "auto"])
 def test_model_with_another_loss_is_refused(name: str, mode: str) -> None:
     model = build("llama")
-    own = LOSSES[name]
-    model.loss_function = lambda logits, labels, vocab_size, **k: own(logits, labels, vocab_size, **k)
+    model.loss_function = LOSSES[name]
     refused(model, mode, "fails with IndexError" if name == "error" else "loss differs|gradient of the logits differs")
 
 
@@ -417,3 +380,250 @@ def test_bad_arguments_of_patch() -> None:
         patch(model)
     with pytest.raises(RuntimeError, match="meta device"):
         patch(build("llama").to("meta"))
+
+
+# --- logits on demand, and everything else that a forward takes and gives -----------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made, views aside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        made = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+        self.largest = max([self.largest, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+        return result
+
+
+def test_logits_of_the_batch_never_exist() -> None:
+    model, inputs = build("gemma2", vocab_size=1000), batch(40, 32)
+    with Largest() as native:
+        model(**inputs).loss.backward()
+    assert native.largest == 40 * 32 * 1000
+    patch(model, "fused")
+    with Largest() as fused:
+        model(**inputs).loss.backward()
+    assert fused.largest <= 256 * 1000
+
+
+def test_logits_are_there_on_demand() -> None:
+    model, inputs = build("gemma2"), batch()
+    ids = inputs["input_ids"]
+    expected = model(**inputs).logits
+    patch(model, "fused")
+    assert model(**inputs).logits is None
+    assert "logits" not in model(**inputs)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(model(**inputs, return_logits=True).logits, expected)
+    loss, logits, *_ = model(**inputs, return_dict=False)
+    assert loss.requires_grad
+    assert logits is None
+    assert model(ids, labels=ids).logits is None
+    labels_at = [*inspect.signature(model.forward).parameters].index("labels")
+    assert model(ids, *[None] * (labels_at - 1), ids).logits is None
+    model.eval()
+    assert torch.equal(model(**inputs).logits, expected)
+    assert torch.equal(model(**inputs, return_logits=None).logits, expected)
+    spared = model(**inputs, return_logits=False)
+    assert spared.logits is None
+    assert_close(spared.loss, exact_loss(expected.double(), inputs["labels"]))
+    assert torch.equal(model.lm_head(torch.ones(1, 32)), torch.nn.functional.linear(torch.ones(1, 32), model.lm_head.weight))
+
+
+def test_other_arguments_pass_through() -> None:
+    """Masks, hidden states, the experts' auxiliary loss, and what only a loss of another kind would read."""
+    model = build("mixtral")
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    arguments = {"attention_mask": mask, "output_hidden_states": True, "output_router_logits": False, "use_cache": True}
+    native, whole = model(**batch(), **arguments), model(**batch())
+    patch(model, "fused")
+    fused = model(**batch(), **arguments)
+    assert fused.keys() == native.keys() - {"logits"}
+    assert all(torch.equal(a, b) for a, b in zip(fused.hidden_states, native.hidden_states, strict=True))
+    assert fused.aux_loss is None
+    assert_close(fused.loss, native.loss.double(), native.loss)
+    again = model(**batch())
+    assert torch.equal(again.aux_loss, whole.aux_loss)
+    assert again.loss > fused.loss + 0.1
+
+
+def test_arguments_that_trainer_and_generate_look_for() -> None:
+    model = build("llama")
+    native = list(inspect.signature(model.forward).parameters)
+    patch(model, "fused")
+    assert list(inspect.signature(model.forward).parameters) == [*native[:-1], "return_logits", native[-1]]
+    ids = batch()["input_ids"]
+    generated = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > ids.shape[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shift_labels_of_the_caller(mode: str) -> None:
+    """As context parallelism hands them in: ``labels`` ask for a loss, ``shift_labels`` are read."""
+    model, inputs = build("cohere"), batch()
+    arguments = {"labels": inputs["labels"].flip(1), "shift_labels": inputs["labels"], "num_items_in_batch": 5}
+    native, expected = step(model, **arguments), exact_step(model, **arguments)
+    patch(model, mode)
+    assert_steps_agree(step(model, **arguments), expected, native)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_without_a_label(mode: str) -> None:
+    model = build("granite")
+    patch(model, mode)
+    labels = torch.full((2, 9), -100)
+    assert model(**batch() | {"labels": labels}).loss.isnan()
+    found = step(model, labels=labels, num_items_in_batch=torch.tensor(4))
+    assert not any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "llama tied"])
+def test_model_in_bfloat16(mode: str, name: str) -> None:
+    model = build(name).bfloat16()
+    native, expected = step(model), exact_step(model)
+    patch(model, mode)
+    actual = step(model)
+    assert actual["loss"].dtype == torch.float32
+    # Native logits that happen to round well must not judge it.
+    actual["loss"] = actual["loss"].bfloat16()
+    assert_steps_agree(actual, expected, native)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode: str) -> None:
+    model = build("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        native = model(**batch()).loss
+    patch(model, mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch()).loss
+    assert loss.dtype == torch.float32
+    assert_close(loss, native.double(), native)
+
+
+# --- one model, and no trace --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_this_instance_changes(mode: str) -> None:
+    model, other = build("llama"), build("llama")
+    classes = [(m, dict(vars(m))) for m in (type(model), type(model.lm_head), *type(model).__mro__)]
+    patch(model, mode)
+    assert all(dict(vars(m)) == before for m, before in classes)
+    assert other(**batch()).logits is not None
+    assert not hasattr(other.loss_function, "handle")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_patching_disturbs_nothing(mode: str) -> None:
+    model = build("gpt2", attn_pdrop=0.1, resid_pdrop=0.1)
+    model.transformer.h[0].eval()
+    model.register_buffer("counter", torch.zeros(()))
+    model.transformer.register_forward_pre_hook(lambda module, args: model.counter.add_(1.0) and None)
+    step(model)
+    with torch.no_grad():
+        ran = int(model.counter)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        copies = {name: g.clone() for name, g in gradients.items()}
+        modes, state = {m: m.training for m in model.modules()}, {k: v.clone() for k, v in model.state_dict().items()}
+        generator = torch.get_rng_state()
+        handle = patch(model, mode)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert {m: m.training for m in model.modules()} == modes
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+    assert all(torch.equal(p.grad, copies[name]) for name, p in model.named_parameters())
+    handle.revert()
+    assert int(model.counter) == ran
+
+
+def test_own_loss_function_and_forward_come_back() -> None:
+    model = build("llama")
+    own, calls = causal_lm_loss, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return type(model).forward(model, *args, **kwargs)
+
+    model.loss_function, model.forward = own, forward
+    handle = patch(model, "fused")
+    calls.clear()
+    assert model(**batch()).logits is None
+    assert calls
+    assert "return_logits" not in calls[0]
+    handle.revert()
+    assert (model.loss_function, model.forward) == (own, forward)
+    handle.revert()
+    assert model(**batch()).logits is not None
+
+
+def test_revert_under_what_was_wrapped_around() -> None:
+    """accelerate wraps the forward that it finds, and the loss may be wrapped too: both stay, and ours passes calls on."""
+    model = build("gemma2")
+    native = model(**batch())
+    handle = patch(model, "fused")
+    inner, inner_loss = model.forward, model.loss_function
+    model.forward, model.loss_function = functools.partial(inner), functools.partial(inner_loss)
+    assert model(**batch()).logits is None
+    handle.revert()
+    after = model(**batch())
+    assert torch.equal(after.loss, native.loss)
+    assert torch.equal(after.logits, native.logits)
+    assert "forward" not in vars(model.lm_head)
+
+
+def by_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch])
+def test_copies_compute_with_their_own_weights(mode: str, duplicate: Callable[[Any], Any]) -> None:
+    model = build("llama")
+    patch(model, mode)
+    before = model(**batch()).loss
+    other = duplicate(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(30.0)
+    native = copy.deepcopy(other)
+    native.loss_function.handle.revert()
+    assert_close(other(**batch()).loss, native(**batch()).loss.double())
+    assert (other(**batch()).logits is None) == (mode == "fused")
+    assert not torch.equal(other(**batch()).loss, before)
+    assert torch.equal(model(**batch()).loss, before)
+    assert native(**batch()).logits is not None
+
+
+def test_checkpoints_are_those_of_the_model(tmp_path: Any) -> None:
+    model = build("llama tied")
+    keys, described = list(model.state_dict()), repr(model)
+    patch(model, "fused")
+    assert list(model.state_dict()) == keys
+    assert repr(model) == described
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_close(loaded.train()(**batch()).loss, model(**batch()).loss.double())
+    assert loaded(**batch()).logits is not None
+    model.load_state_dict(build("llama tied", tie_word_embeddings=True).state_dict())
+
+
+def test_resized_embeddings() -> None:
+    """A new output layer is not patched, and gives logits, of which the loss is right."""
+    model = build("llama")
+    patch(model, "fused")
+    model.resize_token_embeddings(128, mean_resizing=False)
+    output = model(**batch())
+    assert_close(output.loss, exact_loss(model(batch()["input_ids"]).logits.double(), batch()["labels"]))

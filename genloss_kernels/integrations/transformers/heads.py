@@ -46,7 +46,7 @@ def linear_map(head: Any, input: Tensor) -> LinearMap:
     base = head.base_layer
     inputs, weights, bias = [input], [base.weight], base.bias
     for name in _adapters(head):
-        # Its own columns beside the frozen weight's: the dropout is on the adapter's input alone, so that W + B A, summed, is
+        # Columns of its own beside the frozen weight's: dropout is on the adapter's input alone, so that the sum W + B A is
         # not what training computes.
         down, up, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
         dropped = head.lora_dropout[name](input.to(down.weight.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import heads
 from .deferred import DeferredLogits, LossCall
 from .loss import causal_lm_loss
-from .verification import Refusal, Verification
+from .verification import Refusal, Verification, signature_of
 
 _MODES = ("logits", "fused", "auto")
 
@@ -36,10 +36,10 @@ def patch(model: Any, mode: str = "auto", verify: bool = True) -> PatchHandle:
     Args:
         model: a transformers model with ``loss_function``, or a PEFT model around one. Only this instance changes.
         mode: ``"logits"``, ``"fused"``, or ``"auto"``: fused if that is proven, else logits if that is.
-        verify: run the model on one batch of 16 tokens, natively and patched, in training mode with equal random numbers, with
-            logits as they come and enlarged, with and without ``num_items_in_batch``, and compare loss and the gradients of
-            the output layer's input and parameters; and compare the loss functions on random logits. Training modes,
-            gradients, buffers and random number generators are as before.
+        verify: run the model on one batch of 16 tokens, natively and patched, in training mode with equal random numbers,
+            with logits as they come and enlarged, with and without ``num_items_in_batch``; compare the loss and the
+            gradients of the output layer's input and parameters, since behind that input nothing changes; and compare the
+            loss functions on random logits. Training modes, gradients, buffers and random number generators are as before.
 
     Returns:
         A handle whose ``mode`` is the one in force, and whose ``revert()`` undoes it.
@@ -174,7 +174,7 @@ class _HeadForward(_Forward):
 class _ModelForward(_Forward):
     def __init__(self, module: Any, handle: PatchHandle) -> None:
         super().__init__(module, handle)
-        signature = inspect.signature(module.forward)
+        signature = signature_of(module)
         self._labels = list(signature.parameters).index("labels") if "labels" in signature.parameters else None
         # Trainer and generate read which arguments the model takes.
         asked = inspect.Parameter("return_logits", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
