@@ -97,6 +97,14 @@ def test_loss_function_is_the_definition(layout: str, arguments: str) -> None:
     assert torch.equal(logits, kept)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_not_copied(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, read = LAYOUTS[layout](), []
+    monkeypatch.setattr(gk.functional, "cross_entropy", lambda input, *args, **kwargs: read.append(input))
+    causal_lm_loss(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64))
+    assert read[0].untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+
+
 def test_arguments_come_in_the_order_of_transformers() -> None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 

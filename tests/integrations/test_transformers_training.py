@@ -121,6 +121,11 @@ def test_several_adapters_and_none() -> None:
     assert handle.demands == []
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
 def test_adapter_of_another_kind_is_refused_not_frozen() -> None:
     model = adapted({"target_modules": ["lm_head"], "use_dora": True})
     with pytest.raises(RuntimeError, match="'default' on its output layer is a variant of LoRA, such as DoRA"):
@@ -130,6 +135,11 @@ def test_adapter_of_another_kind_is_refused_not_frozen() -> None:
     actual = step(model)
     assert actual.keys() == native.keys()
     handle.revert()
+    # Nor can the layer under an adapter be what is not known.
+    model = adapted({"target_modules": ["lm_head"]})
+    model.get_base_model().lm_head.base_layer.__class__ = Doubled
+    with pytest.raises(RuntimeError, match="LoRA on its output layer is on Doubled, not on a plain linear layer"):
+        patch(model, "fused")
     # One that comes later gives logits.
     model = adapted({"target_modules": ["lm_head"]})
     handle = patch(model, "fused")
@@ -141,6 +151,21 @@ def test_adapter_of_another_kind_is_refused_not_frozen() -> None:
     found = step(model)
     assert handle.losses == 0
     assert {key for key in found if "dora" in key}
+
+
+def test_patch_while_adapters_are_off() -> None:
+    """It is the layer then in use that is patched; the copy, when it is back, gives logits."""
+    model = adapted({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(3.0)
+    native = model(**batch()).loss
+    with model.disable_adapter():
+        expected = model(**batch()).loss
+        patch(model, "fused")
+        output = model(**batch())
+        assert_close(output.loss, expected.double(), expected)
+        assert output.logits is None
+    assert_close(model(**batch()).loss, native.double(), native)
 
 
 def test_adapter_on_a_tied_output_layer() -> None:
@@ -196,7 +221,7 @@ def trained(model: Any, steps: int, mode: str | None) -> Tensor:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, max_steps=2, report_to=[],
             max_grad_norm=0.0, lr_scheduler_type="constant", save_strategy="no", use_cpu=True, disable_tqdm=True,
-            logging_strategy="no", dataloader_pin_memory=False, train_sampling_strategy="sequential",
+            logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         Trainer(model, arguments, train_dataset=Rows(), optimizers=(optimizer, None)).train()
@@ -295,6 +320,10 @@ def test_sharded_weight_outside_its_module_is_refused() -> None:
         model.lm_head.weight = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Replicate()]))
         with pytest.raises(RuntimeError, match="weight is sharded where the loss needs it whole"):
             model(**batch())
+        model.loss_function.handle.revert()
+        with pytest.raises(RuntimeError, match="are sharded: patch it before"):
+            patch(model)
+        patch(model, "fused", verify=False)
     finally:
         destroy_process_group()
     model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
@@ -332,15 +361,17 @@ def test_compiled_without_a_break(name: str) -> None:
     patch(model, "fused")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert compiled(**batch()).logits is None
-    actual = {key.removeprefix("_orig_mod."): value for key, value in step(compiled).items()}
-    assert_steps_agree(actual, expected, native)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual = {key.removeprefix("_orig_mod."): value for key, value in step(compiled).items()}
+        assert_steps_agree(actual, expected, native)
+        step(compiled)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpointed_activations(mode: str) -> None:
     model = build("llama tied")
     native, expected = step(model), exact_step(model)
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # the name of before
     patch(model, mode)
     assert_steps_agree(step(model), expected, native)
 

@@ -103,7 +103,6 @@ def as_divisor(num_items_in_batch: int | float | Tensor | None, device: torch.de
 
 def loss_in_float32(operand: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Half precision has three digits, too few for a loss that is logged, added up and scaled: under autocast it is fp32."""
-    device = operand.device.type
-    if operand.dtype not in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device):
+    if operand.dtype not in (torch.float16, torch.bfloat16):
         return contextlib.nullcontext()
-    return torch.autocast(device, dtype=operand.dtype)
+    return torch.autocast(operand.device.type, dtype=operand.dtype)

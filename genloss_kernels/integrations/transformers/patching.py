@@ -7,6 +7,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import heads
@@ -50,6 +51,9 @@ def patch(model: Any, mode: str = "auto", verify: bool = True) -> PatchHandle:
         RuntimeError: patched already; an output layer that cannot be fused (with the reason); or loss or gradients that
             differ or cannot be computed, by name and amount. The model is unchanged.
 
+    Numerics:
+        As the two functions: in half precision, factors and softcap are not rounded one by one as the model does it.
+
     Example:
         >>> import genloss_kernels as gk
         >>> handle = gk.integrations.transformers.patch(model, mode="fused")  # doctest: +SKIP
@@ -89,7 +93,7 @@ class PatchHandle:
         mode: ``"logits"`` or ``"fused"``.
         active: whether the patch is in force.
         demands: operations for which a fused forward had to compute the logits, since the last one began.
-        losses: how many losses were computed in the patch's mode.
+        losses: how many losses were computed in the patch's mode, outside ``torch.compile``.
     """
 
     def __init__(self, model: Any, mode: str) -> None:
@@ -225,7 +229,8 @@ class _LossFunction:
     @functools.wraps(causal_lm_loss)
     def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Tensor:
         deferred = isinstance(logits, DeferredLogits)
-        self.handle.losses += deferred or self.handle.mode == "logits"
+        if not torch.compiler.is_compiling():  # which would compile again for each count
+            self.handle.losses += deferred or self.handle.mode == "logits"
         if deferred:
             return logits.loss(*args, **kwargs)
         return (causal_lm_loss if self.handle.active else self.native)(logits, *args, **kwargs)

@@ -174,6 +174,11 @@ def _inputs(model: Any) -> dict[str, Any]:
     device = embeddings.weight.device
     if device.type == "meta":
         raise Refusal(f"the parameters of {type(model).__qualname__} are on the meta device: patch it when they are loaded")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise Refusal(
+            f"the parameters of {type(model).__qualname__} are sharded: patch it before, or with verify=False after another "
+            "instance was proven right"
+        )
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     special = {
         v for c in configs for k, v in vars(c).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
