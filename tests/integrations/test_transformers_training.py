@@ -238,6 +238,29 @@ def test_trainer_with_one_and_four_accumulation_steps() -> None:
             assert_close(actual, expected, native[steps], f"parameters after {steps} accumulation steps")
 
 
+def test_accelerate_wraps_and_unwraps() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build("gemma2")
+    handle = patch(model, "fused")
+    expected = model(**batch()).loss
+    accelerate.state.AcceleratorState._reset_state(True)  # one for a process, and Trainer makes one
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        prepared = accelerator.prepare(model)
+        output = prepared(**batch())
+        assert output.logits is None
+        assert abs(output.loss / expected - 1.0) < 1e-3
+        assert not torch.equal(output.loss, expected)
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    again = unwrapped(batch()["input_ids"], labels=batch()["labels"])
+    assert torch.equal(again.loss, expected)
+    assert again.logits is None
+    handle.revert()
+    assert unwrapped(**batch()).logits is not None
+
+
 # --- sharding, compilation, checkpointing --------------------------------------------------------------------------------
 
 

@@ -152,9 +152,10 @@ class _Forward:
             self.module.forward = self.previous
 
     def native(self, *args: Any, **kwargs: Any) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
         # The class is looked up at each call: FSDP gives the instance another.
-        forward = type(self.module).forward if self.previous is None else self.previous
-        return forward(self.module, *args, **kwargs) if self.previous is None else forward(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class _HeadForward(_Forward):
@@ -188,6 +189,8 @@ class _ModelForward(_Forward):
 
     def __call__(self, *args: Any, return_logits: bool | None = None, **kwargs: Any) -> Any:
         handle = self.handle
+        if args and args[0] is self.module:
+            args = args[1:]  # accelerate binds what is left when it unwraps a model, as if it were a function
         labels = kwargs.get("labels")
         if labels is None and self._labels is not None and len(args) > self._labels:
             labels = args[self._labels]
@@ -240,8 +243,8 @@ def _without_deferred(output: Any) -> Any:
     """``output`` with None for logits that do not exist, and those that had to be computed."""
     if isinstance(output, DeferredLogits):
         return output.computed()
-    if isinstance(output, (tuple, list)):
-        return type(output)(_without_deferred(value) for value in output)
+    if type(output) is tuple:
+        return tuple(_without_deferred(value) for value in output)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         changed = {name: value.computed() for name, value in values.items() if isinstance(value, DeferredLogits)}
