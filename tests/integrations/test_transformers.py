@@ -237,8 +237,10 @@ COMPUTED: dict[str, Callable[[Any], Any]] = {
     "power": lambda x: x**3,
     "in place": lambda x: x.add_(1.0),
     "item": lambda x: x.__setitem__((..., 3), 0.5) or x,
-    "first classes": lambda x: x[..., 1:],
-    "every other class": lambda x: x[..., ::2],
+    "not the first classes": lambda x: x[..., 1:],
+    "classes from the middle": lambda x: x[..., 1:90],
+    "every other class": lambda x: x[..., :100:2],
+    "all but the last class": lambda x: x[..., :-1],
     "indexing": lambda x: x[:, :, :90],
     "float64": lambda x: x.to(torch.float64),
     "look at the values": lambda x: x * (2.0 if (x > 0).any() else 3.0),
@@ -269,7 +271,17 @@ def test_stand_in_answers_what_needs_no_values() -> None:
     seen: list[Any] = []
 
     def look(logits: Any) -> Any:
-        seen.append((logits.shape, logits.size(), logits.size(-1), logits.dim(), logits.dtype, logits.device))
+        seen.append(
+            (
+                logits.shape,
+                logits.size(),
+                logits.size(-1),
+                logits.dim(),
+                logits.dtype,
+                logits.device,
+                logits[..., :999].shape,
+            )
+        )
         return logits
 
     model = transformed(look)
