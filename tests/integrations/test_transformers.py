@@ -491,6 +491,15 @@ def test_shift_labels_of_the_caller(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_ignored_label_of_the_caller(mode: str) -> None:
+    model = build("llama")
+    arguments = {"labels": batch()["labels"].masked_fill(batch()["labels"] < 50, 7), "ignore_index": 7}
+    native, expected = step(model, **arguments), exact_step(model, **arguments)
+    patch(model, mode)
+    assert_steps_agree(step(model, **arguments), expected, native)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_batch_without_a_label(mode: str) -> None:
     model = build("granite")
     patch(model, mode)
