@@ -263,7 +263,10 @@ def test_anything_else_computes_the_logits(name: str) -> None:
     handle.revert()
     handle = patch(model, "fused", verify=False)
     assert_steps_agree(step(model, **inputs), expected, native)
-    assert handle.demands
+    demands = handle.demands.copy()
+    assert demands
+    model(**batch() | inputs)
+    assert handle.demands == demands
     assert model(**batch() | inputs).logits.shape == model(**batch() | inputs, return_logits=True).logits.shape
 
 
@@ -594,17 +597,20 @@ def test_own_loss_function_and_forward_come_back() -> None:
 
 def test_revert_under_what_was_wrapped_around() -> None:
     """accelerate wraps the forward that it finds, and the loss may be wrapped too: both stay, and ours passes calls on."""
-    model = build("gemma2")
+    model, calls = build("gemma2"), []
+    model.loss_function = lambda *args, **kwargs: calls.append(args) or native_loss(*args, **kwargs)
     native = model(**batch())
     handle = patch(model, "fused")
-    inner, inner_loss = model.forward, model.loss_function
-    model.forward, model.loss_function = functools.partial(inner), functools.partial(inner_loss)
+    wrapped = [functools.partial(f) for f in (model.forward, model.lm_head.forward, model.loss_function)]
+    model.forward, model.lm_head.forward, model.loss_function = wrapped
     assert model(**batch()).logits is None
     handle.revert()
+    assert [model.forward, model.lm_head.forward, model.loss_function] == wrapped
+    calls.clear()
     after = model(**batch())
+    assert len(calls) == 1
     assert torch.equal(after.loss, native.loss)
     assert torch.equal(after.logits, native.logits)
-    assert "forward" not in vars(model.lm_head)
 
 
 def by_pickle(model: Any) -> Any:
