@@ -1,6 +1,6 @@
 """Fused losses for generative models in PyTorch: Triton kernels on GPUs, PyTorch operators elsewhere."""
 
-from . import functional, nn, testing
+from . import functional, integrations, nn, testing
 from .core.backend import backend
 from .functional import (
     CrossEntropyStats,
@@ -40,6 +40,7 @@ __all__ = [
     "cross_entropy",
     "functional",
     "gaussian_kl",
+    "integrations",
     "linear_cross_entropy",
     "mse_loss",
     "nll_loss",

@@ -21,7 +21,7 @@ LAYERS = {
     "nn": {"core", "functional"},
     "cases": {"core", "losses", "functional", "nn"},
     "testing": {"core"},
-    "integrations": {"functional", "nn"},
+    "integrations": {"functional", "integrations", "nn"},
 }
 
 # Families built from another's kernels.

@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 SNAPSHOT = TESTS / "public_surface.txt"
 PACKAGE = Path(gk.__file__).parent
 
-MODULES = ("", "functional", "nn", "testing")
+MODULES = ("", "functional", "integrations", "integrations.transformers", "nn", "testing")
 
 
 def _describe(name: str, value: Any) -> Iterator[str]:
@@ -53,7 +53,7 @@ def surface() -> str:
         lines += [f"[{module.__name__}]"]
         for public in sorted(module.__all__):
             value = getattr(module, public)
-            homes = [home for home in MODULES[1:] if name == "" and public in getattr(gk, home).__all__]
+            homes = [home for home in ("functional", "nn", "testing") if name == "" and public in getattr(gk, home).__all__]
             lines += [f"{public}: from {home}" for home in homes] or _describe(public, value)
         lines.append("")
     return "\n".join(lines)
@@ -70,7 +70,7 @@ def test_no_public_name_is_left_out(name: str) -> None:
     """``__all__`` has every name without an underscore that is not another module's."""
     module = importlib.import_module(f"genloss_kernels.{name}".rstrip("."))
     assert len(module.__all__) == len(set(module.__all__))
-    own = [n for n, v in vars(module).items() if getattr(v, "__module__", "").startswith("genloss_kernels")]
+    own = [n for n, v in vars(module).items() if str(getattr(v, "__module__", "")).startswith("genloss_kernels")]
     imported = gk.functional.__all__ if name == "nn" else []
     assert {n for n in own if n[0] != "_"} <= {*module.__all__, *imported}
 
@@ -311,6 +311,11 @@ for name in {NEWER!r}:
 """
 
 
+def test_integrations_do_not_import_what_they_integrate() -> None:
+    source = "import sys, genloss_kernels as gk\ngk.integrations.transformers.patch\n"
+    _passes(source + "assert not {'accelerate', 'peft', 'transformers'} & set(sys.modules)")
+
+
 def test_runs_without_torchs_newer_names() -> None:
     _passes(REMOVE + EVERY_LOSS)
 
@@ -363,7 +368,7 @@ def test_uses_only_names_that_torch_2_11_has(file: str) -> None:
 
 DOCUMENTED = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    for pattern in ("losses/*/api.py", "nn.py", "core/backend.py", "core/launch.py")
+    for pattern in ("losses/*/api.py", "nn.py", "core/backend.py", "core/launch.py", "integrations/transformers/loss.py")
     for path in PACKAGE.glob(pattern)
 )
 
