@@ -90,7 +90,8 @@ def cross_entropy(
         inplace_backward: write the gradient over the logits, which must not be a leaf or expanded; saves their memory
             once more. Ignored on the eager path and under ``torch.compile``.
         return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
-        vocab_shard: reserved for vocabulary-parallel losses; not available in this release.
+        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank, whose logits alone are then passed; see
+            *Vocabulary-parallel*.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``; for ``none`` shape (), (N) or (N, d1, ...). In the input's dtype (fp32 under
@@ -126,6 +127,14 @@ def cross_entropy(
     """
     reduction = parse_reduction(reduction, size_average, reduce)
     target = index_target(target)
+    if vocab_shard is not None:
+        from ..vocab_parallel import api as vocab_parallel
+
+        checks.flag("inplace_backward", inplace_backward)
+        return vocab_parallel.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, row_weight, vocab_shard,
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, divisor=divisor, return_stats=return_stats,
+        )  # fmt: skip
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
     checks.number("logit_scale", logit_scale)
     checks.number("z_loss", z_loss)
@@ -140,8 +149,6 @@ def cross_entropy(
     )
     if not plain:
         _check_extras(input, target, softcap, z_loss, row_weight, divisor, reduction, return_stats)
-    if vocab_shard is not None:
-        raise NotImplementedError("vocab_shard is not available in this release: pass full-size logits")
     triton = backend.use_triton(input, target, weight, row_weight)
     if plain and not triton and _builtin_is_best(input, target):
         return _builtin(input, target, weight, ignore_index, reduction, label_smoothing)

@@ -36,10 +36,8 @@ def _transformed(logits: Tensor, options: Options, scratch: Scratch) -> Tensor:
     return reference.transform(logits, options)
 
 
-def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options) -> Rows:
-    """Loss and statistics of each row of logits (N, C, d1, ...)."""
-    if not logits.numel():
-        return reference.rows(logits, target, weight, row_weight, options)
+def sums(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Sums:
+    """Sums over the classes of each row of logits (N, C, d1, ...), which must have elements."""
     dtype = accumulator(logits.dtype)
     dim, n_classes = _class_dim(logits), logits.size(1)
     moved = logits.movedim(1, dim)
@@ -62,7 +60,16 @@ def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: T
             if result is not None and value is not None:
                 result[index] = value
     assert results is not None
-    return reference.combine(results, moved_target, weight, row_weight, options, dim, n_classes)
+    return results
+
+
+def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options) -> Rows:
+    """Loss and statistics of each row of logits (N, C, d1, ...)."""
+    if not logits.numel():
+        return reference.rows(logits, target, weight, row_weight, options)
+    results = sums(logits, target, weight, options)
+    weight = None if weight is None else weight.to(accumulator(logits.dtype))
+    return reference.combine(results, target, weight, row_weight, options, 1, logits.size(1))
 
 
 class _RowGradients(NamedTuple):
