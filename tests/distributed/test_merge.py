@@ -1,4 +1,4 @@
-"""Merging of the ranks' statistics without ranks: every shard is computed in this process, and stacked as they are gathered."""
+"""Merging of the ranks' statistics without ranks: every shard is computed in this process, and stacked as if gathered."""
 
 from __future__ import annotations
 
@@ -41,13 +41,11 @@ def _parallel(given: Given, sizes: tuple[int, ...], grads: Any, path: str) -> tu
     heads = [Head(given.target, given.weight, options, layout) for layout in _layouts(sizes)]
     parts = given.logits.split(sizes, 1)
     triton = path == "triton"
-    planes, saved = zip(*(local.statistics(p, h, triton=triton) for p, h in zip(parts, heads, strict=True)), strict=True)
-    gathered = torch.stack(planes)
+    gathered = torch.stack([local.statistics(p, h, triton=triton) for p, h in zip(parts, heads, strict=True)])
     gradients = []
-    for part, head, own in zip(parts, heads, saved, strict=True):
-        by_plane = merge.coefficients(gathered, head, grads)
+    for part, head in zip(parts, heads, strict=True):
         gradient = torch.empty_like(part)
-        local.write_gradient(part, head, gathered[head.layout.rank], own, by_plane, gradient, triton=triton)
+        local.write_gradient(part, head, gathered, grads, gradient, triton=triton)
         gradients.append(gradient)
     return merge.merge(gathered, heads[0]), torch.cat(gradients, 1)
 

@@ -240,9 +240,7 @@ def _spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
     return rows.reshape(shape)
 
 
-def _check_linear(
-    input: Any, linear_weight: Any, linear_bias: Any, target: Any, vocab_size: int | None = None
-) -> None:
+def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any, vocab_size: int | None = None) -> None:
     """``vocab_size`` is that of all ranks, of which this one may hold nothing; None where ``linear_weight`` is whole."""
     checks.floating("input", input)
     checks.floating("linear_weight", linear_weight)

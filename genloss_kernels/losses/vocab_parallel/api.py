@@ -85,9 +85,7 @@ def linear_cross_entropy(
     checks.tensor("linear_weight", linear_weight)
     linear_weight = _unwrapped("linear_weight", linear_weight, shard, 0)
     linear_bias = None if linear_bias is None else _unwrapped("linear_bias", linear_bias, shard, 0)
-    input, target, weight, row_weight = _replicated(
-        shard, input=input, target=target, weight=weight, row_weight=row_weight
-    )
+    input, target, weight, row_weight = _replicated(shard, input=input, target=target, weight=weight, row_weight=row_weight)
     checks.floating("input", input)
     checks.floating("linear_weight", linear_weight)
     if linear_weight.dim() != 2:
@@ -126,7 +124,14 @@ def linear_cross_entropy(
 
 
 def _compute(
-    head: LinearHead, formula: Options, layout: Layout, reduce_input_grad: bool, most: int, dtype: torch.dtype, *, triton: bool
+    head: LinearHead,
+    formula: Options,
+    layout: Layout,
+    reduce_input_grad: bool,
+    most: int,
+    dtype: torch.dtype,
+    *,
+    triton: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     grad = torch.is_grad_enabled()
     needed = tuple(grad and t is not None and t.requires_grad for t in head[:3])
@@ -184,8 +189,9 @@ def _replicated(shard: VocabShard, **tensors: Any) -> list[Any]:
                     f"{name} is a DTensor with the placements {tensor.placements}, but must be the same on all ranks of "
                     f"{shard}: pass {name}.full_tensor()"
                 )
-            tensor = tensor.to_local()
-        found.append(tensor)
+            found.append(tensor.to_local())
+        else:
+            found.append(tensor)
     return found
 
 

@@ -32,31 +32,28 @@ def weighted(loss: Tensor, head: chunks.Head, options: Options, layout: Layout) 
     return reference.weighted(loss, head.target, weight, head.row_weight, options, layout.vocab_size)
 
 
-def forward(head: chunks.Head, options: Options, layout: Layout, most: int, *, triton: bool) -> tuple[Tensor, Tensor]:
-    """All ranks' planes for all rows, exchanged at once, and what the kernels' backward wants to have saved."""
+def forward(head: chunks.Head, options: Options, layout: Layout, most: int, *, triton: bool) -> Tensor:
+    """All ranks' planes for all rows, exchanged at once."""
     whole = whole_head(head, options, layout)
-    parts = [
+    planes = len(merge.planes(head.target, head.weight, options))
+    here = [head.input.new_empty((planes, 0), dtype=accumulator(head.input.dtype))]
+    here += [
         local.statistics(chunk.logits, _rows_of(whole, chunk.rows), triton=triton)
         for chunk in chunks._chunks(head, head.ignored(options), most, Scratch())
     ]
-    if not parts:
-        planes = len(merge.planes(head.target, head.weight, options))
-        parts = [(head.input.new_empty((planes, 0), dtype=accumulator(head.input.dtype)), head.input.new_empty(0))]
-    here, saved = zip(*parts, strict=True)
-    return collectives.all_gather(torch.cat(here, 1), layout.ranks, layout.group), torch.cat(saved, -1)
+    return collectives.all_gather(torch.cat(here, 1), layout.ranks, layout.group)
 
 
 def backward(
-    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, gathered: Tensor, saved: Tensor,
+    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, gathered: Tensor,
     grads: tuple[Tensor | None, ...], *, triton: bool,
 ) -> Gradients:  # fmt: skip
     """This rank's gradients, from those of the rows' losses and statistics; the logits are computed again."""
     whole = whole_head(head, options, layout)
     sums, scratch = chunks._Sums(head, needed), Scratch()
     for chunk in chunks._chunks(head, head.ignored(options), most, scratch):
-        own_saved = saved[..., chunk.rows].contiguous() if saved.numel() else saved
         part = tuple(None if g is None else g[chunk.rows] for g in grads)
-        _add(sums, chunk, _rows_of(whole, chunk.rows), gathered[..., chunk.rows], own_saved, part, scratch, triton=triton)
+        _add(sums, chunk, _rows_of(whole, chunk.rows), gathered[..., chunk.rows], part, scratch, triton=triton)
     return sums.result()
 
 
@@ -73,21 +70,20 @@ def forward_with_gradients(
     losses, sums, scratch = [factor.new_empty(0)], chunks._Sums(head, needed), Scratch()
     for chunk in chunks._chunks(head, head.ignored(options), most, scratch):
         part = _rows_of(whole, chunk.rows)
-        here, saved = local.statistics(chunk.logits, part, triton=triton)
+        here = local.statistics(chunk.logits, part, triton=triton)
         gathered = collectives.all_gather(here, layout.ranks, layout.group)
         losses.append(merge.merge(gathered, part).loss)
-        _add(sums, chunk, part, gathered, saved, (factor[chunk.rows], None, None, None), scratch, triton=triton)
+        _add(sums, chunk, part, gathered, (factor[chunk.rows], None, None, None), scratch, triton=triton)
     loss, normalizer, _ = weighted(torch.cat(losses), head, options, layout)
     return reference.reduce(loss, normalizer, head.divisor, options), sums.result()
 
 
 def _add(
-    sums: chunks._Sums, chunk: chunks._Chunk, head: Head, gathered: Tensor, saved: Tensor,
+    sums: chunks._Sums, chunk: chunks._Chunk, head: Head, gathered: Tensor,
     grads: tuple[Tensor | None, ...], scratch: Scratch, *, triton: bool,
 ) -> None:  # fmt: skip
-    by_plane = merge.coefficients(gathered, head, grads)
     # The kernels read and write each element once, so that the gradient takes the logits' place.
     logits = chunk.logits
     grad_logits = logits if triton else scratch.take("gradient", logits.shape, logits.dtype, logits.device)
-    local.write_gradient(logits, head, gathered[head.layout.rank], saved, by_plane, grad_logits, triton=triton)
+    local.write_gradient(logits, head, gathered, grads, grad_logits, triton=triton)
     sums.add(chunk, grad_logits)

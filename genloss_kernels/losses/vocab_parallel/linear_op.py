@@ -13,7 +13,7 @@ from ..cross_entropy.reference import Options
 from ..linear_cross_entropy.chunks import Gradients
 from ..linear_cross_entropy.chunks import Head as LinearHead
 from . import collectives, linear, merge
-from .op import FORMULA, GRADIENTS, LAYOUT, NO_SECOND, RESULTS, fake_results, results, saved_shape, visible
+from .op import FORMULA, GRADIENTS, LAYOUT, NO_SECOND, RESULTS, fake_results, results, visible
 from .shard import Layout
 
 
@@ -73,9 +73,9 @@ def _rows_forward(
     head = LinearHead(input, linear_weight, linear_bias, target, weight, None, None)
     options = Options(ignore_index, label_smoothing, softcap, logit_scale, z_loss, reduction=Reduction.NONE, stats=stats)
     layout = _layout(starts, sizes, rank, group)
-    gathered, saved = linear.forward(head, options, layout, most, triton=triton)
+    gathered = linear.forward(head, options, layout, most, triton=triton)
     rows = merge.merge(gathered, linear.whole_head(head, options, layout))
-    return *results(rows, stats=stats), gathered, saved
+    return *results(rows, stats=stats), gathered
 
 
 def _rows_forward_fake(
@@ -86,13 +86,12 @@ def _rows_forward_fake(
     n_rows, acc = input.size(0), accumulator(input.dtype)
     options = Options(label_smoothing=label_smoothing, stats=stats)
     gathered = input.new_empty((len(starts), len(merge.planes(target, weight, options)), n_rows), dtype=acc)
-    saved = input.new_empty(saved_shape(sizes[rank], n_rows, target, weight, options, triton), dtype=acc)
-    return *fake_results(input, (n_rows,), stats=stats), gathered, saved
+    return *fake_results(input, (n_rows,), stats=stats), gathered
 
 
 def _rows_backward(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-    gathered: Tensor, saved: Tensor,
+    gathered: Tensor,
     grad_loss: Tensor | None, grad_lse: Tensor | None, grad_log_prob: Tensor | None, grad_entropy: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
     stats: bool, most: int, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str, needed: int,
@@ -101,7 +100,7 @@ def _rows_backward(
     options = Options(ignore_index, label_smoothing, softcap, logit_scale, z_loss, reduction=Reduction.NONE, stats=stats)
     grads = (grad_loss, grad_lse, grad_log_prob, grad_entropy)
     layout = _layout(starts, sizes, rank, group)
-    gradients = linear.backward(head, options, layout, most, _needed(needed), gathered, saved, grads, triton=triton)
+    gradients = linear.backward(head, options, layout, most, _needed(needed), gathered, grads, triton=triton)
     return _three(gradients, input)
 
 
@@ -128,13 +127,12 @@ vocab_parallel_linear_reduced = register(
     _reduced_forward_fake,
 )
 vocab_parallel_linear_rows = register(
-    f"vocab_parallel_linear_rows({_HEAD}, {FORMULA}, bool stats, int most, bool triton, {LAYOUT})"
-    f" -> ({RESULTS}, Tensor, Tensor)",
+    f"vocab_parallel_linear_rows({_HEAD}, {FORMULA}, bool stats, int most, bool triton, {LAYOUT}) -> ({RESULTS}, Tensor)",
     _rows_forward,
     _rows_forward_fake,
 )
 vocab_parallel_linear_rows_backward = register(
-    f"vocab_parallel_linear_rows_backward({_HEAD}, Tensor gathered, Tensor saved, {GRADIENTS}, {FORMULA}, bool stats,"
+    f"vocab_parallel_linear_rows_backward({_HEAD}, Tensor gathered, {GRADIENTS}, {FORMULA}, bool stats,"
     f" int most, bool triton, {LAYOUT}, int needed) -> (Tensor, Tensor, Tensor)",
     _rows_backward,
     _rows_backward_fake,
@@ -142,9 +140,7 @@ vocab_parallel_linear_rows_backward = register(
 vocab_parallel_sum = register("vocab_parallel_sum(Tensor tensor, str group) -> Tensor", _sum, _sum_fake)
 
 
-def _finished(
-    gradients: tuple[Tensor, ...], needed: int, group: str, reduce_input_grad: bool
-) -> tuple[Tensor | None, ...]:
+def _finished(gradients: tuple[Tensor, ...], needed: int, group: str, reduce_input_grad: bool) -> tuple[Tensor | None, ...]:
     """Gradients of input, linear weight and linear bias: the first is the ranks' sum, the others are this rank's own."""
     first, *own = (g if need else None for g, need in zip(gradients, _needed(needed), strict=False))
     if first is not None and reduce_input_grad:

@@ -45,16 +45,6 @@ def visible(operator: Callable[..., Any], implementation: Callable[..., Any], *t
     return implementation if plain and not torch.compiler.is_compiling() else operator
 
 
-def saved_shape(n_cols: int, rows: int, target: Tensor, weight: Tensor | None, options: Options, triton: bool) -> Any:
-    """Of what the kernels save for their backward."""
-    from ..cross_entropy.op import saved_rows
-
-    if not triton or not n_cols:
-        return (0,)
-    # The kernels run with statistics, and smooth the labels wherever the loss does.
-    return saved_rows(n_cols, target, weight, options._replace(stats=True)), rows
-
-
 def _forward(
     logits: Tensor, target: Tensor, weight: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
@@ -62,9 +52,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     formula = (ignore_index, label_smoothing, softcap, logit_scale, z_loss)
     head = head_of(target, weight, formula, stats, (starts, sizes, rank, group))
-    here, saved = local.statistics(logits, head, triton=triton)
-    gathered = collectives.all_gather(here, head.layout.ranks, group)
-    return *results(merge.merge(gathered, head), stats=stats), gathered, saved
+    gathered = collectives.all_gather(local.statistics(logits, head, triton=triton), head.layout.ranks, group)
+    return *results(merge.merge(gathered, head), stats=stats), gathered
 
 
 def _forward_fake(
@@ -73,26 +62,22 @@ def _forward_fake(
     stats: bool, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, acc = (logits.size(0), *logits.shape[2:]), accumulator(logits.dtype)
-    options = Options(label_smoothing=label_smoothing, stats=stats)
-    count = 1
-    for size in rows:
-        count = count * size
-    gathered = logits.new_empty((len(starts), len(merge.planes(target, weight, options)), *rows), dtype=acc)
-    saved = logits.new_empty(saved_shape(sizes[rank], count, target, weight, options, triton), dtype=acc)
-    return *fake_results(logits, rows, stats=stats), gathered, saved
+    planes = merge.planes(target, weight, Options(label_smoothing=label_smoothing, stats=stats))
+    gathered = logits.new_empty((len(starts), len(planes), *rows), dtype=acc)
+    return *fake_results(logits, rows, stats=stats), gathered
 
 
 def _backward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, gathered: Tensor, saved: Tensor,
+    logits: Tensor, target: Tensor, weight: Tensor | None, gathered: Tensor,
     grad_loss: Tensor | None, grad_lse: Tensor | None, grad_log_prob: Tensor | None, grad_entropy: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
     stats: bool, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str,
 ) -> Tensor:  # fmt: skip
     formula = (ignore_index, label_smoothing, softcap, logit_scale, z_loss)
     head = head_of(target, weight, formula, stats, (starts, sizes, rank, group))
-    by_plane = merge.coefficients(gathered, head, (grad_loss, grad_lse, grad_log_prob, grad_entropy))
+    grads = (grad_loss, grad_lse, grad_log_prob, grad_entropy)
     grad_logits = gradient_like(logits)
-    local.write_gradient(logits, head, gathered[rank], saved, by_plane, grad_logits, triton=triton)
+    local.write_gradient(logits, head, gathered, grads, grad_logits, triton=triton)
     return grad_logits
 
 
@@ -107,20 +92,20 @@ RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
 vocab_parallel_forward = register(
     f"vocab_parallel_forward(Tensor logits, Tensor target, Tensor? weight, {FORMULA}, bool stats, bool triton, {LAYOUT})"
-    f" -> ({RESULTS}, Tensor, Tensor)",
+    f" -> ({RESULTS}, Tensor)",
     _forward,
     _forward_fake,
 )
 vocab_parallel_backward = register(
-    f"vocab_parallel_backward(Tensor logits, Tensor target, Tensor? weight, Tensor gathered, Tensor saved, {GRADIENTS},"
+    f"vocab_parallel_backward(Tensor logits, Tensor target, Tensor? weight, Tensor gathered, {GRADIENTS},"
     f" {FORMULA}, bool stats, bool triton, {LAYOUT}) -> Tensor",
     _backward,
     _backward_fake,
 )
 
 NO_SECOND = (
-    "vocab_shard: a vocabulary-parallel loss cannot be differentiated twice: leave create_graph=True out, or gather the logits "
-    "and call the loss without vocab_shard"
+    "vocab_shard: a vocabulary-parallel loss cannot be differentiated twice: leave create_graph=True out, or gather the "
+    "logits and call the loss without vocab_shard"
 )
 
 
@@ -147,7 +132,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, weight, gathered, saved = ctx.saved_tensors
+        logits, target, weight, gathered = ctx.saved_tensors
         nothing = (None,) * (2 + len(ctx.scalars))
         stats = ctx.scalars[5]
         # A compiled graph hands over gradients of statistics that were not asked for, and are empty.
@@ -156,5 +141,5 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             return None, *nothing
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
-        tensors = (logits, target, weight, gathered, saved, *upstream)
+        tensors = (logits, target, weight, gathered, *upstream)
         return visible(vocab_parallel_backward, _backward, *tensors)(*tensors, *ctx.scalars), *nothing

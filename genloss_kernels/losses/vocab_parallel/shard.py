@@ -39,9 +39,9 @@ class Layout(NamedTuple):
 class VocabShard:
     """The classes that this rank holds of a vocabulary spread over the ranks of a process group.
 
-    Passed as ``vocab_shard`` to :func:`genloss_kernels.cross_entropy` and :func:`genloss_kernels.linear_cross_entropy`, which
-    then take this rank's logits, or this rank's rows of the linear layer, and return on every rank the loss over all classes.
-    Shards may be uneven and empty, and ranks may hold them in any order, as long as each class is held once.
+    Passed as ``vocab_shard`` to :func:`genloss_kernels.cross_entropy` and :func:`genloss_kernels.linear_cross_entropy`,
+    which then take this rank's logits, or this rank's rows of the linear layer, and return on every rank the loss over all
+    classes. Shards may be uneven and empty, and ranks may hold them in any order, as long as each class is held once.
 
     The first use of a shard given by its start asks every rank of the group for its start and size, once; :meth:`even` and
     :meth:`from_dtensor` know them and ask nobody.
@@ -148,8 +148,8 @@ class VocabShard:
     def _exchange(self, size: int, device: torch.device) -> Layout:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "vocab_shard has not been used yet and does not know the other ranks' sizes, which a compiled function cannot "
-                "ask for: call the loss once outside torch.compile, or use VocabShard.even or VocabShard.from_dtensor"
+                "vocab_shard has not been used yet and does not know the other ranks' sizes, which a compiled function "
+                "cannot ask for: call the loss once outside torch.compile, or use VocabShard.even or VocabShard.from_dtensor"
             )
         own = torch.tensor([self.start, size], dtype=torch.int64, device=device)
         everyone = collectives.all_gather(own, self._ranks, self._name).tolist()
