@@ -11,7 +11,9 @@ def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
     """``tensor`` of every rank, stacked in the order of the ranks; nothing is sent where there is nothing to send."""
     gathered = tensor.new_empty((ranks, *tensor.shape))
     if tensor.numel():
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=_resolve(group))
+        # Torch 2.13 renames it, and warns of the old name.
+        run = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        run(gathered.view(-1), tensor.reshape(-1), group=_resolve(group))
     return gathered
 
 

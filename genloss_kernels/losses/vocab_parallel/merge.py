@@ -9,7 +9,7 @@ entropy H_r, that of the rank's own softmax
 top     largest y; NaN if this rank holds the label and another of its classes comes first
 
 With the share of a rank, ``s_r = exp(L_r - lse)``, its log-probabilities over all classes are its own plus ``log s_r``, and
-the entropy over all classes is the sum of s_r times a rank's surplus, ``H_r - log s_r``. The sums are relative to ``L_r`` and
+the entropy over all classes is the sum of s_r times a rank's surplus, ``H_r - log s_r``. The sums are relative to ``L_r``,
 not to 0, so that no digits cancel where one probability is close to 1.
 """
 
