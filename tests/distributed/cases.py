@@ -85,21 +85,32 @@ def check_logits(ranks: Ranks, shard: Part, logits: Tensor, target: Tensor, dim:
     found = oracle.named(gk.cross_entropy(mine, target, vocab_shard=shard.shard, **options))
     ranks.same_bits(*found.values())
     (gradient,) = _gradients(found, [mine])
-    exact, like = (_whole_logits(logits.to(d), target, dim, options) for d in (torch.float64, torch.float32))
+    exact, like = _judged(lambda dtype, toward: _whole_logits(logits.to(dtype), target, dim, options, toward))
     _compare(found, exact[0], like[0])
-    gk.testing.assert_close(ranks.whole(gradient, shard.classes.start, dim), exact[1], like[1], "gradient")
+    gk.testing.assert_close(ranks.whole(gradient, shard.classes.start, dim), exact[1][0], like[1][0], "gradient")
 
 
-def _whole_logits(logits: Tensor, target: Tensor, dim: int, options: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+Results = tuple[dict[str, Tensor], list[Tensor]]
+
+
+def _judged(function: Callable[[torch.dtype, float | None], Results]) -> tuple[Results, Results]:
+    """Results and gradients in fp64, and in fp32 as far off as they may be."""
+    exact = function(torch.float64, None)
+    up, down = function(torch.float32, oracle.UP), function(torch.float32, oracle.DOWN)
+    values = {name: oracle.worse(value, up[0][name], down[0][name]) for name, value in exact[0].items()}
+    return exact, (values, [oracle.worse(*given) for given in zip(exact[1], up[1], down[1], strict=True)])
+
+
+def _whole_logits(logits: Tensor, target: Tensor, dim: int, options: dict[str, Any], toward: float | None) -> Results:
     convert = _double if logits.dtype == torch.float64 else lambda value: value
     given = {name: convert(value) for name, value in options.items()}
     logits = logits.detach().clone().requires_grad_()
     rows = logits if dim else logits.unsqueeze(0)
     target = convert(target) if dim else convert(target).unsqueeze(0)
-    found = oracle.cross_entropy(rows, target, **given)
+    found = oracle.cross_entropy(rows, target, toward=toward, **given)
     if not dim:
         found = {name: r.squeeze(0) if r.dim() else r for name, r in found.items()}
-    return found, _gradients(found, [logits])[0]
+    return found, _gradients(found, [logits])
 
 
 def _compare(found: dict[str, Tensor], exact: dict[str, Tensor], like: dict[str, Tensor]) -> None:
@@ -124,20 +135,21 @@ def check_linear(
     gradients = _gradients(found, leaves)
     ranks.same_bits(gradients[0])
     options.pop("options", None)
-    wanted = [
-        _whole_linear(hidden.to(d), head.to(d), target, None if bias is None else bias.to(d), options)
-        for d in (torch.float64, torch.float32)
-    ]
-    _compare(found, wanted[0][0], wanted[1][0])
+    exact, like = _judged(
+        lambda dtype, toward: _whole_linear(
+            hidden.to(dtype), head.to(dtype), target, None if bias is None else bias.to(dtype), options, toward
+        )
+    )
+    _compare(found, exact[0], like[0])
     gradients[1:] = [ranks.whole(g, shard.classes.start) for g in gradients[1:]]
     names = ("input", "linear_weight", "linear_bias")
-    for name, gradient, exact, like in zip(names, gradients, wanted[0][1], wanted[1][1], strict=False):
-        gk.testing.assert_close(gradient, exact, like, f"gradient of {name}")
+    for name, gradient, wanted, judge in zip(names, gradients, exact[1], like[1], strict=False):
+        gk.testing.assert_close(gradient, wanted, judge, f"gradient of {name}")
 
 
 def _whole_linear(
-    hidden: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, options: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+    hidden: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, options: dict[str, Any], toward: float | None
+) -> Results:
     convert = _double if hidden.dtype == torch.float64 else lambda value: value
     given = {name: convert(value) for name, value in options.items()}
     leaves = [t.detach().clone().requires_grad_() for t in (hidden, head, bias) if t is not None]
@@ -149,7 +161,7 @@ def _whole_linear(
     if "row_weight" in given:
         given["row_weight"] = given["row_weight"].flatten()
     target = target.flatten(0, -2) if target.is_floating_point() else target.flatten()
-    found = oracle.cross_entropy(logits, target, **given)
+    found = oracle.cross_entropy(logits, target, toward=toward, **given)
     shape = hidden.shape[:-1]
     found = {name: r.reshape(shape) if r.dim() else r for name, r in found.items()}
     return found, _gradients(found, leaves)
