@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import genloss_kernels as gk
 from genloss_kernels.distributed import VocabShard
@@ -598,3 +603,123 @@ def bad_labels_on_a_device_are_nan(ranks: Ranks) -> None:
     assert logits.grad is not None
     assert loss.isnan().tolist() == [True] + [False] * (N - 1)
     assert logits.grad.isnan().any(1).tolist() == [bool(logits.size(1))] + [False] * (N - 1)
+
+
+# --- DTensors, FSDP2 and compilers -----------------------------------------------------------------------------------
+
+
+def _mesh(ranks: Ranks) -> DeviceMesh:
+    return DeviceMesh.from_group(ranks.group, "cpu")
+
+
+def _distributed(tensor: Tensor, ranks: Ranks, dim: int) -> Any:
+    return distribute_tensor(tensor, _mesh(ranks), [Shard(dim)]).requires_grad_()
+
+
+@case
+def dtensors_are_unwrapped(ranks: Ranks) -> None:
+    """41 classes: the last rank has fewer."""
+    hidden, head, bias, logits = torch.randn(N, D), torch.randn(41, D), torch.randn(41), torch.randn(N, 41)
+    target, wanted = labels(), []
+    leaves = [t.clone().requires_grad_() for t in (hidden, head, bias, logits)]
+    wanted = [
+        gk.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2]),
+        gk.cross_entropy(leaves[3], target),
+    ]
+    gradients = torch.autograd.grad(wanted[0] + wanted[1], leaves)
+    weight, bias, logits = _distributed(head, ranks, 0), _distributed(bias, ranks, 0), _distributed(logits, ranks, 1)
+    shard = VocabShard.from_dtensor(weight)
+    assert shard.start == ranks.rank * -(-41 // ranks.size)
+    replicated = distribute_tensor(hidden, _mesh(ranks), [Replicate()])
+    for given in (hidden, replicated):
+        own = given.clone().requires_grad_()
+        for t in (weight, bias, logits):
+            t.grad = None
+        found = [
+            gk.linear_cross_entropy(own, weight, target, linear_bias=bias, vocab_shard=shard),
+            gk.cross_entropy(logits, target, vocab_shard=VocabShard.from_dtensor(logits)),
+        ]
+        torch.testing.assert_close(found, wanted)
+        (found[0] + found[1]).backward()
+        for tensor, gradient in zip((own, weight, bias, logits), gradients, strict=True):
+            own_gradient = tensor.grad
+            whole = own_gradient.full_tensor() if isinstance(own_gradient, DTensor) else own_gradient
+            torch.testing.assert_close(whole, gradient)
+
+
+@case
+def dtensors_in_the_wrong_place(ranks: Ranks) -> None:
+    hidden, head, target = torch.randn(N, D), torch.randn(V, D), labels()
+    weight, across = _distributed(head, ranks, 0), _distributed(head, ranks, 1)
+    same = distribute_tensor(head, _mesh(ranks), [Replicate()])
+    shard = VocabShard.from_dtensor(weight)
+    for wrong in (weight, across, same):
+        with pytest.raises(TypeError, match=r"linear_weight is a DTensor .*VocabShard\.from_dtensor\(linear_weight\)"):
+            gk.linear_cross_entropy(hidden, wrong, target)
+    with pytest.raises(TypeError, match="linear_bias is a DTensor"):
+        gk.linear_cross_entropy(hidden, head, target, linear_bias=_distributed(torch.randn(V), ranks, 0))
+    for wrong in (across, same):
+        with pytest.raises(ValueError, match=r"linear_weight is a DTensor .* where vocab_shard wants Shard\(0\)"):
+            gk.linear_cross_entropy(hidden, wrong, target, vocab_shard=shard)
+    with pytest.raises(ValueError, match=r"input is a DTensor .* must be the same on all ranks"):
+        gk.linear_cross_entropy(_distributed(hidden, ranks, 0), weight, target, vocab_shard=shard)
+    with pytest.raises(ValueError, match=r"input is a DTensor .* where vocab_shard wants Shard\(1\)"):
+        gk.cross_entropy(_distributed(torch.randn(N, V), ranks, 0), target, vocab_shard=shard)
+    with pytest.raises(ValueError, match="t must be sharded over one dimension of its mesh"):
+        VocabShard.from_dtensor(same)
+
+
+@case
+def a_head_under_fsdp2(ranks: Ranks) -> None:
+    """A head that is an FSDP2 group of its own: whole while it runs, and its gradient is the ranks' mean."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(D, D), gk.FusedLMHead(D, V))
+    alone = copy.deepcopy(model)
+    inputs = [torch.randn(N, D) for _ in range(ranks.size)]
+    targets = [labels() for _ in range(ranks.size)]
+    losses = [alone[1](alone[0](x), t) for x, t in zip(inputs, targets, strict=True)]
+    torch.stack(losses).mean().backward()
+    fully_shard(model[1], mesh=_mesh(ranks))
+    fully_shard(model, mesh=_mesh(ranks))
+    model.forward = lambda x, t: model[1](model[0](x), t)  # pyright: ignore[reportAttributeAccessIssue]
+    loss = model(inputs[ranks.rank], targets[ranks.rank])
+    torch.testing.assert_close(loss, losses[ranks.rank])
+    loss.backward()
+    for sharded, whole in zip(model.parameters(), alone.parameters(), strict=True):
+        assert isinstance(sharded.grad, DTensor)
+        torch.testing.assert_close(sharded.grad.full_tensor(), whole.grad)
+    weight: Any = model[1].weight
+    model[1].reshard()
+    with pytest.raises(TypeError, match=r"linear_weight is a DTensor .* call the layer itself inside its FSDP module"):
+        gk.linear_cross_entropy(inputs[0], model[1].weight, targets[0])
+    with pytest.raises(RuntimeError, match="is empty: if its parameters are sharded"):
+        gk.linear_cross_entropy(inputs[0], weight.to_local()[:0], targets[0])
+
+
+@case
+def compiled_in_one_graph(ranks: Ranks) -> None:
+    shard = part(ranks)
+    target = labels()
+    logits, hidden, head = torch.randn(N, V)[:, shard.classes], torch.randn(N, D), torch.randn(V, D)[shard.classes]
+
+    def everything(logits: Tensor, hidden: Tensor, head: Tensor) -> list[Tensor]:
+        stats = gk.cross_entropy(logits, target, label_smoothing=0.1, return_stats=True, vocab_shard=shard.shard)
+        assert isinstance(stats, gk.CrossEntropyStats)
+        return [
+            stats.loss + stats.entropy.sum(),
+            gk.cross_entropy(logits, target, vocab_shard=shard.shard),
+            gk.linear_cross_entropy(hidden, head, target, vocab_shard=shard.shard),
+            gk.linear_cross_entropy(hidden, head, target, reduction="none", vocab_shard=shard.shard).sum(),
+        ]
+
+    # Dynamo instantiates the class itself while it traces an autograd.Function.
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+    results = []
+    for function in (everything, torch.compile(everything, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (logits, hidden, head)]
+        found = function(*leaves)
+        results.append([*found, *torch.autograd.grad(sum(found[1:], found[0]), leaves)])
+    torch.testing.assert_close(*results)
+    fresh = VocabShard(shard.shard.start, ranks.group)
+    with pytest.raises(RuntimeError, match="vocab_shard has not been used yet"):
+        torch.compile(lambda x: gk.cross_entropy(x, target, vocab_shard=fresh), fullgraph=True, backend="eager")(logits)

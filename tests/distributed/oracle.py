@@ -1,4 +1,4 @@
-"""The unsharded loss in plain PyTorch by way of the log-sum-exp, as ranks must compute that exchange it rounded to the dtype.
+"""The unsharded loss in plain PyTorch by way of the log-sum-exp, as ranks compute that exchange it rounded to the dtype.
 
 Judged is an error against what one unit in the last place of the log-sum-exp does, whichever way it goes.
 """

@@ -66,8 +66,8 @@ def linear_cross_entropy(
         row_weight: factor of each row's whole loss, in the shape of the ``"none"`` result.
         divisor: number or 0-d tensor that replaces what ``mean`` divides by.
         return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
-        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank, whose rows of the linear layer alone are
-            then passed; see *Vocabulary-parallel*.
+        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank where the vocabulary is spread over ranks;
+            see *Vocabulary-parallel*.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``; for ``none`` the input's shape without D. In the input's dtype (fp32 under
@@ -80,6 +80,13 @@ def linear_cross_entropy(
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss of NaN, and the gradient of the weight NaN.
 
+    Vocabulary-parallel:
+        With ``vocab_shard``, ``linear_weight`` and ``linear_bias`` are this rank's rows, or DTensors of ``Shard(0)``, and
+        everything else is as for :func:`cross_entropy` with ``vocab_shard``: whole, and the same on all ranks. One all-gather
+        for each chunk whose gradients are made in the forward, else one for all rows, of as many bytes a row. The gradients of
+        weight and bias are this rank's; that of ``input`` is summed over the ranks, in its dtype, by one all-reduce in the
+        backward, unless the shard's ``reduce_input_grad`` is False. Whether gradients are wanted must be the same on all ranks.
+
     Numerics:
         Logits in the dtype of the product, the rest in fp32 (fp64 for fp64); the gradient of the weight is summed over
         chunks in fp32. Every backward gives the same bits.
@@ -89,7 +96,8 @@ def linear_cross_entropy(
 
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, and Hsu et al., "Liger Kernel", 2024,
-        for gradients made chunk by chunk in the forward.
+        for gradients made chunk by chunk in the forward; Shoeybi et al., "Megatron-LM", 2019, section 3
+        (vocabulary-parallel).
 
     Example:
         >>> import torch, genloss_kernels as gk
@@ -102,9 +110,9 @@ def linear_cross_entropy(
         "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "divisor": divisor, "return_stats": return_stats,
     }  # fmt: skip
     if vocab_shard is not None:
-        from ..vocab_parallel import api as vocab_parallel
+        from ..vocab_parallel import sharded
 
-        return vocab_parallel.linear_cross_entropy(
+        return sharded.linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, row_weight,
             vocab_shard, **loss_options,
         )  # fmt: skip
@@ -242,6 +250,13 @@ def _spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
 
 def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any, vocab_size: int | None = None) -> None:
     """``vocab_size`` is that of all ranks, of which this one may hold nothing; None where ``linear_weight`` is whole."""
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("input", input)):
+        if checks.is_dtensor(tensor):
+            raise TypeError(
+                f"{name} is a DTensor with the placements {tensor.placements}: call the layer itself inside its FSDP "
+                "module, which gathers its parameters, pass .full_tensor(), or where the vocabulary is spread over ranks "
+                "pass vocab_shard=genloss_kernels.distributed.VocabShard.from_dtensor(linear_weight)"
+            )
     checks.floating("input", input)
     checks.floating("linear_weight", linear_weight)
     checks.tensor("target", target)

@@ -108,7 +108,7 @@ class VocabShard:
 
         Of its mesh one dimension shards the tensor, and the group is that dimension's; the others must replicate it.
         """
-        if not is_dtensor(t):
+        if not checks.is_dtensor(t):
             raise TypeError(f"t must be a DTensor, not {type(t).__name__}: use VocabShard(start, group) or VocabShard.even")
         sharded = [d for d, placement in enumerate(t.placements) if not placement.is_replicate()]
         if len(sharded) != 1 or not t.placements[sharded[0]].is_shard():
@@ -181,8 +181,3 @@ def _process_group(group: Any) -> Any:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, not {type(group).__name__}")
     return group
-
-
-def is_dtensor(value: Any) -> bool:
-    """Whether this is a DTensor, asked without importing them."""
-    return isinstance(value, torch.Tensor) and any(c.__name__ == "DTensor" for c in type(value).__mro__)

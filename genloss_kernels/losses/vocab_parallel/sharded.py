@@ -19,7 +19,7 @@ from ..linear_cross_entropy.options import rows_at_a_time
 from . import linear
 from .linear_op import ReducedVocabParallelLinear, VocabParallelLinearRows, mask_of
 from .op import VocabParallelCrossEntropy
-from .shard import Layout, VocabShard, is_dtensor
+from .shard import Layout, VocabShard
 
 __all__ = ["VocabShard", "cross_entropy", "linear_cross_entropy"]
 
@@ -167,7 +167,7 @@ def _shard(vocab_shard: Any) -> VocabShard:
 
 def _unwrapped(name: str, tensor: Any, shard: VocabShard, dim: int) -> Any:
     """This rank's part of a DTensor that is sharded over the vocabulary; a plain tensor is that already."""
-    if not is_dtensor(tensor):
+    if not checks.is_dtensor(tensor):
         return tensor
     placements = tensor.placements
     sharded = [p for p in placements if not p.is_replicate()]
@@ -183,7 +183,7 @@ def _replicated(shard: VocabShard, **tensors: Any) -> list[Any]:
     """What must be the same on every rank: a replicated DTensor's own copy, or a plain tensor."""
     found = []
     for name, tensor in tensors.items():
-        if is_dtensor(tensor):
+        if checks.is_dtensor(tensor):
             if not all(p.is_replicate() for p in tensor.placements):
                 raise ValueError(
                     f"{name} is a DTensor with the placements {tensor.placements}, but must be the same on all ranks of "
