@@ -383,7 +383,7 @@ def budgets_cut_alike_on_every_rank(ranks: Ranks) -> None:
     options = gk.LinearCrossEntropyOptions(memory_budget=2 * 4 * 4 * max(empty(ranks.size)))
     hidden, head, target = torch.randn(600, D), torch.randn(V, D), torch.randint(V, (600,))
     shard = part(ranks, empty(ranks.size))
-    shard.shard.layout("linear_weight", shard.classes.stop - shard.classes.start, hidden.device)
+    shard.shard._fitting("linear_weight", shard.classes.stop - shard.classes.start, hidden.device)
     with traffic() as seen:
         leaf = head[shard.classes].requires_grad_()
         gk.linear_cross_entropy(hidden, leaf, target, options=options, vocab_shard=shard.shard)

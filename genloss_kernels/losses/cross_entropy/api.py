@@ -90,8 +90,8 @@ def cross_entropy(
         inplace_backward: write the gradient over the logits, which must not be a leaf or expanded; saves their memory
             once more. Ignored on the eager path and under ``torch.compile``.
         return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
-        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank where the classes are spread over ranks; see
-            *Vocabulary-parallel*.
+        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank where the classes are spread over ranks;
+            see *Vocabulary-parallel*.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``; for ``none`` shape (), (N) or (N, d1, ...). In the input's dtype (fp32 under
@@ -108,7 +108,7 @@ def cross_entropy(
     Vocabulary-parallel:
         With ``vocab_shard`` the class dimension of ``input`` holds this rank's classes alone, or ``input`` is a DTensor
         sharded over it. ``target`` (indices over all classes), ``weight`` and everything else are whole and the same on all
-        ranks; so are the results, to the bit, and their upstream gradients. The forward exchanges, by one all-gather, 8 bytes
+        ranks; so are the results, to the bit, and their upstream gradients. One all-gather in the forward exchanges 8 bytes
         a row and rank (the shard's log-sum-exp and the label's log-probability in it, fp32), 4 more for label smoothing or
         for the plain probabilities beside weighted ones, and 8 for statistics; the backward exchanges nothing. A log-sum-exp
         so rounded is off by what half a unit in its last place would change in the shard's logits. ``target`` and ``weight``

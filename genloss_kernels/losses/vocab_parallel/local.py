@@ -90,7 +90,7 @@ def _top(logits: Tensor, best: Tensor, head: Head) -> Tensor:
     top = reference.transform(logits.gather(1, best.unsqueeze(1)).squeeze(1), head.options)
     label, layout = hits(head.target), head.layout
     other = holders(label, layout)[layout.rank] & (best != label - layout.start)
-    return torch.where(other, float("nan"), top)
+    return torch.where(other, -float("inf"), top)
 
 
 def write_gradient(

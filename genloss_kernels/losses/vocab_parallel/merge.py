@@ -6,7 +6,7 @@ lse     L_r, the log-sum-exp of y; -inf where there are none
 target  sum of t * (y - L_r), t being the label's one-hot or the given probabilities
 spread  sum of q * (y - L_r), q being the class weights under label smoothing, or the weighted, smoothed probabilities
 entropy H_r, that of the rank's own softmax
-top     largest y; NaN if this rank holds the label and another of its classes comes first
+top     largest y; -inf if this rank holds the label and another of its classes comes first
 
 With the share of a rank, ``s_r = exp(L_r - lse)``, its log-probabilities over all classes are its own plus ``log s_r``, and
 the entropy over all classes is the sum of s_r times a rank's surplus, ``H_r - log s_r``. The sums are relative to ``L_r``,
@@ -113,7 +113,7 @@ def _first(top: Tensor, label: Tensor, layout: Layout) -> Tensor:
     best = torch.where(own, top, 0.0).sum(0)
     # Of a rank whose classes all come before the label's an equal logit wins.
     before = _by_rank(layout.starts, label) <= label
-    return (own | torch.where(before, best > top, best >= top)).all(0) & own.any(0) & ~best.isnan()
+    return (own | torch.where(before, best > top, best >= top)).all(0) & own.any(0) & (best > -float("inf"))
 
 
 def hits(target: Tensor) -> Tensor:

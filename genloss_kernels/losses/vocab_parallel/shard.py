@@ -130,7 +130,7 @@ class VocabShard:
         """Classes that this rank holds; None where :class:`VocabShard` was given a start and has not been used yet."""
         return None if self._layout is None else self._layout.size
 
-    def layout(self, name: str, size: int, device: torch.device) -> Layout:
+    def _fitting(self, name: str, size: int, device: torch.device) -> Layout:
         """Where every rank's classes lie; ``size`` is how many the argument called ``name`` has here.
 
         Raises:

@@ -46,7 +46,7 @@ def cross_entropy(
     checks.floating("input", input)
     if input.dim() == 0:
         raise RuntimeError("input must have shape (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-    layout = shard.layout("input", input.size(dim), input.device)
+    layout = shard._fitting("input", input.size(dim), input.device)
     _check(input, dim, target, weight, ignore_index, reduction, label_smoothing, row_weight, layout, loss_options)
     formula, divisor = _formula(ignore_index, label_smoothing, reduction, loss_options)
     triton = backend.use_triton(input, target, weight, row_weight)
@@ -90,7 +90,7 @@ def linear_cross_entropy(
     checks.floating("linear_weight", linear_weight)
     if linear_weight.dim() != 2:
         raise RuntimeError(f"vocab_shard needs a linear_weight of shape (V, D), got {list(linear_weight.shape)}")
-    layout = shard.layout("linear_weight", linear_weight.size(0), input.device)
+    layout = shard._fitting("linear_weight", linear_weight.size(0), input.device)
     linear_api._check_linear(input, linear_weight, linear_bias, target, layout.vocab_size)
     probabilities = target.is_floating_point()
     if probabilities and ignore_index is not None:
