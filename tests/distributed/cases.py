@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -368,6 +367,32 @@ def weights_and_divisor_learn(ranks: Ranks) -> None:
 
 
 @case
+def under_autocast(ranks: Ranks) -> None:
+    shard, target = part(ranks, uneven(ranks.size)), labels()
+    hidden, head = torch.randn(N, D), torch.randn(V, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gk.linear_cross_entropy(hidden, head[shard.classes], target, vocab_shard=shard.shard)
+        wanted = gk.linear_cross_entropy(hidden, head, target)
+        logits = gk.cross_entropy(hidden @ head[shard.classes].t(), target, vocab_shard=shard.shard)
+    assert found.dtype == logits.dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close([found, logits], [wanted, wanted])
+
+
+@case
+def modules_hold_a_shard(ranks: Ranks) -> None:
+    """And are copied with it."""
+    torch.manual_seed(1)
+    shard, target, hidden, head = part(ranks), labels(), torch.randn(N, D), torch.randn(V, D)
+    linear = torch.nn.Linear(D, shard.shard.size or 0, bias=False)
+    linear.weight = torch.nn.Parameter(head[shard.classes])
+    fused = gk.FusedLMHead.from_linear(linear, vocab_shard=shard.shard)
+    wanted = gk.linear_cross_entropy(hidden, head, target)
+    torch.testing.assert_close(copy.deepcopy(fused)(hidden, target), wanted)
+    logits = hidden @ head.t()
+    torch.testing.assert_close(gk.CrossEntropyLoss(vocab_shard=shard.shard)(logits[:, shard.classes], target), wanted)
+
+
+@case
 def dropped_rows(ranks: Ranks) -> None:
     options = gk.LinearCrossEntropyOptions(gather_rows=True, batch_chunk_size=3)
     shard = part(ranks, uneven(ranks.size))
@@ -388,6 +413,42 @@ def budgets_cut_alike_on_every_rank(ranks: Ranks) -> None:
         leaf = head[shard.classes].requires_grad_()
         gk.linear_cross_entropy(hidden, leaf, target, options=options, vocab_shard=shard.shard)
     assert seen.calls == [GATHER] * 150
+
+
+# --- by the kernels, of which those of the gradient want more than 128 classes ---------------------------------------
+
+KERNELS: dict[str, Case] = {}
+WIDE = (171, 140)
+
+
+def _kernel_case(options: dict[str, Any], soft: bool, ranks: Ranks) -> None:
+    classes, shard = sum(WIDE), part(ranks, WIDE)
+    target = torch.randn(N, classes).softmax(1) if soft else torch.randint(classes, (N,))
+    logits, hidden = torch.randn(N, classes) * 3.0, torch.randn(N, D)
+    if not soft:
+        target[1] = -100
+        logits[1], hidden[1] = float("nan"), float("nan")
+    chunks = gk.LinearCrossEntropyOptions(batch_chunk_size=4)
+    with gk.backend("triton"), gk.testing.count_launches() as launches:
+        check_logits(ranks, shard, logits, target, **options)
+        check_linear(ranks, shard, hidden, torch.randn(classes, D), target, torch.randn(classes), options=chunks, **options)
+    for way in ("forward", "backward"):
+        assert any(way in name for name in launches), launches
+
+
+_WEIGHT = torch.linspace(0.1, 2.0, sum(WIDE))
+
+
+for _kind, _soft in (("labels", False), ("probabilities", True)):
+    KERNELS[f"{_kind}_plain"] = functools.partial(_kernel_case, {}, _soft)
+    KERNELS[f"{_kind}_smoothing"] = functools.partial(_kernel_case, {"label_smoothing": 0.1}, _soft)
+    KERNELS[f"{_kind}_everything"] = functools.partial(
+        _kernel_case, {"label_smoothing": 0.2, "softcap": 5.0, "z_loss": 0.03, "return_stats": True}, _soft
+    )
+    KERNELS[f"{_kind}_weighted"] = functools.partial(_kernel_case, {"weight": _WEIGHT, "row_weight": ROW_WEIGHT}, _soft)
+    KERNELS[f"{_kind}_weighted_smoothing"] = functools.partial(
+        _kernel_case, {"weight": _WEIGHT, "label_smoothing": 0.2, "reduction": "none"}, _soft
+    )
 
 
 # --- what is exchanged -----------------------------------------------------------------------------------------------
@@ -712,8 +773,6 @@ def compiled_in_one_graph(ranks: Ranks) -> None:
             gk.linear_cross_entropy(hidden, head, target, reduction="none", vocab_shard=shard.shard).sum(),
         ]
 
-    # Dynamo instantiates the class itself while it traces an autograd.Function.
-    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     results = []
     for function in (everything, torch.compile(everything, fullgraph=True, backend="aot_eager")):
         leaves = [t.clone().requires_grad_() for t in (logits, hidden, head)]

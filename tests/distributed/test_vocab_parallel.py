@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from genloss_kernels.core.backend import INTERPRETED
+
 from . import cases, world
 
 WORLDS = (2, 4)
@@ -17,4 +19,18 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", cases.CASES)
 def test_on_ranks(name: str, results: dict[str, list[str]]) -> None:
     failed = [of_rank for of_rank in results[name] if of_rank]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.fixture(scope="module")
+def kernel_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    if not INTERPRETED:
+        pytest.skip("the ranks' tensors are on the CPU")
+    return world.run(cases.KERNELS, 2, tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", cases.KERNELS)
+def test_kernels_on_ranks(name: str, kernel_results: dict[str, list[str]]) -> None:
+    failed = [of_rank for of_rank in kernel_results[name] if of_rank]
     assert not failed, "\n".join(failed)

@@ -82,8 +82,8 @@ def linear_cross_entropy(
 
     Vocabulary-parallel:
         With ``vocab_shard``, ``linear_weight`` and ``linear_bias`` are this rank's rows, or DTensors of ``Shard(0)``;
-        all else is as for :func:`cross_entropy` with ``vocab_shard``: whole, and the same on all ranks. There is one all-gather
-        for each chunk whose gradients are made in the forward, else one for all rows, of as many bytes a row. The gradients
+        all else is as for :func:`cross_entropy` with ``vocab_shard``, whole and the same on all ranks. One all-gather serves
+        each chunk whose gradients are made in the forward, else one for all rows, of as many bytes a row. The gradients
         of weight and bias are this rank's; that of ``input`` is summed over the ranks, in its dtype, by one all-reduce in
         the backward, unless the shard's ``reduce_input_grad`` is False. Whether gradients are wanted must be the same on all
         ranks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ class VocabShard:
     which then take this rank's logits, or this rank's rows of the linear layer, and return on every rank the loss over all
     classes. Shards may be uneven and empty, and ranks may hold them in any order, as long as each class is held once.
 
-    The first use of a shard given by its start asks every rank of the group for its start and size, once; :meth:`even` and
-    :meth:`from_dtensor` know them and ask nobody.
+    The first use of a shard given by its start asks every rank of the group for its start and size, and waits for the answer;
+    later uses, :meth:`even` and :meth:`from_dtensor` know them.
 
     Args:
         start: index of this rank's first class, at least 0.
@@ -166,6 +167,10 @@ class VocabShard:
         if not reached:
             raise ValueError("vocab_shard: no rank holds a class")
         return layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabShard:
+        # A module that holds one is copied, and its process group cannot be.
+        return copy.copy(self)
 
     def __repr__(self) -> str:
         return f"VocabShard(start={self.start}, size={self.size}, rank={self._rank} of {self._ranks})"
