@@ -44,7 +44,7 @@ class VocabShard:
     which then take this rank's logits, or this rank's rows of the linear layer, and return on every rank the loss over all
     classes. Shards may be uneven and empty, and ranks may hold them in any order, as long as each class is held once.
 
-    The first use of a shard given by its start asks every rank of the group for its start and size, and waits for the answer;
+    The first use of a shard given by its start asks every rank of the group for its start and size, and waits for them;
     later uses, :meth:`even` and :meth:`from_dtensor` know them.
 
     Args:
