@@ -309,8 +309,17 @@ def classes_masked_on_a_whole_rank(ranks: Ranks) -> None:
     """Logits of -inf on all of one rank are probabilities of 0, not NaN."""
     shard = part(ranks, uneven(ranks.size))
     logits = torch.randn(N, V)
-    logits[:, sum(uneven(ranks.size)[:-1]) :] = -float("inf")
-    check_logits(ranks, shard, logits, torch.randint(7, (N,)), reduction="none", return_stats=True, z_loss=0.1)
+    masked = sum(uneven(ranks.size)[:-1])
+    logits[:, masked:] = -float("inf")
+    target = torch.randint(7, (N,))
+    check_logits(ranks, shard, logits, target, reduction="none", return_stats=True, z_loss=0.1)
+    target[1] = -100
+    check_logits(ranks, shard, logits, target, reduction="none", return_stats=True, z_loss=0.1)
+    target[2] = masked
+    for options in ({}, {"label_smoothing": 0.1}):
+        part_of_logits = logits[:, shard.classes]
+        found = gk.cross_entropy(part_of_logits, target, reduction="none", vocab_shard=shard.shard, **options)
+        assert torch.equal(found.isinf(), gk.cross_entropy(logits, target, reduction="none", **options).isinf())  # pyright: ignore
 
 
 @case

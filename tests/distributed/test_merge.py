@@ -108,3 +108,15 @@ def _compare(given: Given, sizes: tuple[int, ...], path: str) -> None:
         gk.testing.assert_close(getattr(found, name), wanted, like, name)
     if stats:
         assert torch.equal(found.correct, exact.correct)
+
+
+def test_equal_logits_go_to_the_lowest_class(path: str) -> None:
+    """Whether the two of them lie on one rank, or on two of which the first or the last holds the label."""
+    sizes = (20, 0, 20)
+    for pair in ((3, 30), (3, 5), (25, 30)):
+        for place, label in enumerate(pair):
+            logits = torch.zeros(1, 40)
+            logits[0, list(pair)] = 2.0
+            given = Given(logits, torch.tensor([label]), None, {"stats": True})
+            rows, _ = _parallel(given, sizes, [torch.ones(1), None, None, None], path)
+            assert rows.correct.tolist() == [place == 0]
