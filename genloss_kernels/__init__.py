@@ -1,6 +1,6 @@
 """Fused losses for generative models in PyTorch: Triton kernels on GPUs, PyTorch operators elsewhere."""
 
-from . import functional, integrations, nn, testing
+from . import distributed, functional, integrations, nn, testing
 from .core.backend import backend
 from .functional import (
     CrossEntropyStats,
@@ -38,6 +38,7 @@ __all__ = [
     "backend",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "distributed",
     "functional",
     "gaussian_kl",
     "integrations",

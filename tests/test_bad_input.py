@@ -153,7 +153,9 @@ def _cross_entropy() -> Iterator[Row]:
     yield Row(CE, leaf, ValueError, "inplace_backward=True .* leaf", ("triton",))
     expanded = {"input": (_ones(1, 5, requires_grad=True) * 2.0).expand(4, 5), "inplace_backward": True}
     yield Row(CE, expanded, ValueError, "inplace_backward=True .* expanded", ("triton",))
-    yield Row(CE, {"vocab_shard": "even"}, NotImplementedError, "vocab_shard is not available")
+    yield Row(
+        CE, {"vocab_shard": "even"}, TypeError, "vocab_shard must be a genloss_kernels.distributed.VocabShard, not str"
+    )
 
 
 def _binary() -> Iterator[Row]:

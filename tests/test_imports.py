@@ -24,8 +24,12 @@ LAYERS = {
     "integrations": {"functional", "integrations", "nn"},
 }
 
-# Families built from another's kernels.
-BUILT_FROM = {"linear_cross_entropy": {"cross_entropy"}}
+# Families built from another's kernels; and the two public functions that hand a sharded vocabulary on.
+BUILT_FROM = {
+    "cross_entropy": {"vocab_parallel"},
+    "linear_cross_entropy": {"cross_entropy", "vocab_parallel"},
+    "vocab_parallel": {"cross_entropy", "linear_cross_entropy"},
+}
 
 DEVICE_CODE = {"core/softmax.py", "core/rows.py", "core/triton_math.py"}
 

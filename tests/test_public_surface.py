@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 SNAPSHOT = TESTS / "public_surface.txt"
 PACKAGE = Path(gk.__file__).parent
 
-MODULES = ("", "functional", "integrations", "integrations.transformers", "nn", "testing")
+MODULES = ("", "distributed", "functional", "integrations", "integrations.transformers", "nn", "testing")
 
 
 def _describe(name: str, value: Any) -> Iterator[str]:
@@ -208,6 +208,7 @@ loaded = set(sys.modules)
 import genloss_kernels
 assert members(*modules) == before, "torch was patched"
 assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
 new = {m.partition(".")[0] for m in set(sys.modules) - loaded}
 assert not new & {"triton", "numpy", "matplotlib", "transformers"}, new
 tools = {m for m in sys.modules if m.startswith("genloss_kernels.")}
@@ -368,7 +369,14 @@ def test_uses_only_names_that_torch_2_11_has(file: str) -> None:
 
 DOCUMENTED = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    for pattern in ("losses/*/api.py", "nn.py", "core/backend.py", "core/launch.py", "integrations/transformers/loss.py")
+    for pattern in (
+        "losses/*/api.py",
+        "losses/vocab_parallel/shard.py",
+        "nn.py",
+        "core/backend.py",
+        "core/launch.py",
+        "integrations/transformers/loss.py",
+    )
     for path in PACKAGE.glob(pattern)
 )
 

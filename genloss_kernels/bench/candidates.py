@@ -31,7 +31,8 @@ def builtin(case: Case) -> Callable[..., Tensor]:
 
 def torch_chunked(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     """Torch's own linear cross entropy, since 2.13, with the options that make it work in chunks."""
-    return F.linear_cross_entropy(input, linear_weight, target, options=torch.nn.LinearCrossEntropyOptions())
+    options = getattr(torch.nn, "LinearCrossEntropyOptions")()  # noqa: B009 - torch 2.11 has neither
+    return getattr(F, "linear_cross_entropy")(input, linear_weight, target, options=options)  # noqa: B009
 
 
 def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Candidate]:

@@ -16,6 +16,11 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a Tensor, not {type(value).__name__}")
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether this is a DTensor, asked without importing them."""
+    return type(value) not in (Tensor, torch.nn.Parameter) and any(c.__name__ == "DTensor" for c in type(value).__mro__)
+
+
 def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
     if not value.is_floating_point() or value.dtype.itemsize == 1:

@@ -442,7 +442,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "softcap": ({"softcap": 0.0}, ValueError, "softcap must be positive"),
     "row weight": ({"row_weight": torch.ones(19)}, ValueError, "row_weight must have the shape"),
     "divisor": ({"divisor": 3.0, "reduction": "sum"}, ValueError, "divisor"),
-    "shard": ({"vocab_shard": object()}, NotImplementedError, "vocab_shard"),
+    "shard": ({"vocab_shard": object()}, TypeError, "vocab_shard must be a .*VocabShard, not object"),
     "budget": ({"options": gk.LinearCrossEntropyOptions(memory_budget=100)}, ValueError, "too small for one row"),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -181,11 +182,55 @@ def test_opcheck_linear_cross_entropy(soft: bool, dtype: torch.dtype, path: str,
         )  # fmt: skip
 
 
+@pytest.fixture
+def alone() -> Iterator[str]:
+    """A process group of this process, by name."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_opcheck_vocab_parallel(soft: bool, dtype: torch.dtype, path: str, device: torch.device, alone: str) -> None:
+    draw = Draw(device, torch.float32)
+    # Beyond 128 classes the gradient too is a kernel's.
+    classes = 130
+    target = draw.probabilities(6, classes) if soft else draw.labels(classes, 6)
+    input, head, bias = draw.normal(6, 4), draw.normal(classes, 4), draw.normal(classes)
+    tensors = [t.to(dtype) for t in (input, head, bias)]
+    target, weight = target.to(dtype) if soft else target, draw.positive(classes).to(dtype)
+    formula, triton, layout = [-100, 0.1, 3.0, 0.7, 0.01], path == "triton", [[0], [classes], 0, alone]
+    operators = torch.ops.genloss
+    logits = draw.normal(6, classes).to(dtype)
+    _check(
+        operators.vocab_parallel_linear_reduced.default,
+        *tensors, target, weight, draw.positive(6), None, *formula, None, MEAN, 4, 0b111, dtype, triton, *layout,
+    )  # fmt: skip
+    _check(operators.vocab_parallel_sum.default, logits, alone)
+    for stats in (False, True):
+        rows = _check(operators.vocab_parallel_forward.default, logits, target, weight, *formula, stats, triton, *layout)
+        upstream = [torch.ones_like(rows[0]), *(torch.ones_like(r) if stats else None for r in rows[1:4])]
+        _check(
+            operators.vocab_parallel_backward.default,
+            logits, target, weight, rows[5], *upstream, *formula, stats, triton, *layout,
+        )  # fmt: skip
+        rows = _check(
+            operators.vocab_parallel_linear_rows.default, *tensors, target, weight, *formula, stats, 4, triton, *layout
+        )
+        _check(
+            operators.vocab_parallel_linear_rows_backward.default,
+            *tensors, target, weight, rows[5], *upstream, *formula, stats, 4, triton, *layout, 0b111,
+        )  # fmt: skip
+
+
 def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
     families = ("cross_entropy", "elementwise", "nll_loss")
     both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
-    assert names == both_ways | {f"genloss::linear_cross_entropy_{name}" for name in ("reduced", "rows", "rows_backward")}
+    both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("reduced", "rows", "rows_backward")}
+    ways = ("forward", "backward", "linear_reduced", "linear_rows", "linear_rows_backward", "sum")
+    assert names == both_ways | {f"genloss::vocab_parallel_{name}" for name in ways}
 
 
 # --- finite differences ----------------------------------------------------------------------------------------------

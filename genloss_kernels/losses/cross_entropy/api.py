@@ -90,7 +90,8 @@ def cross_entropy(
         inplace_backward: write the gradient over the logits, which must not be a leaf or expanded; saves their memory
             once more. Ignored on the eager path and under ``torch.compile``.
         return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
-        vocab_shard: reserved for vocabulary-parallel losses; not available in this release.
+        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank where the classes are spread over ranks;
+            see *Vocabulary-parallel*.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``; for ``none`` shape (), (N) or (N, d1, ...). In the input's dtype (fp32 under
@@ -104,6 +105,16 @@ def cross_entropy(
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss and a gradient of NaN.
 
+    Vocabulary-parallel:
+        With ``vocab_shard`` the class dimension of ``input`` holds this rank's classes alone, or ``input`` is a DTensor
+        sharded over it. ``target`` (indices over all classes), ``weight`` and everything else are whole and the same on all
+        ranks; so are the results, to the bit, and their upstream gradients. One all-gather in the forward exchanges 8 bytes
+        a row and rank (the shard's log-sum-exp and the label's log-probability in it, fp32), 4 more for label smoothing or
+        for the plain probabilities beside weighted ones, and 8 for statistics; the backward exchanges nothing. A log-sum-exp
+        so rounded is off by what half a unit in its last place would change in the shard's logits. ``target`` and ``weight``
+        take no gradient, a second derivative raises RuntimeError, ``inplace_backward`` is ignored, and a shard that does not
+        fit raises ValueError. The kernels leave shards of up to 128 classes, and the argmax of statistics, to PyTorch.
+
     Numerics:
         Arithmetic in fp32, fp64 for fp64. Sums are relative to the row's maximum. ``mean`` over no valid row is NaN, as in
         torch, and ``sum`` 0. The same input gives the same bits.
@@ -115,7 +126,7 @@ def cross_entropy(
     Source:
         Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3; Szegedy et al., "Rethinking
         the Inception Architecture", 2016, section 7; Chowdhery et al., "PaLM", 2022, section 5 (z-loss); Gemma Team,
-        "Gemma 2", 2024, section 2 (softcap).
+        "Gemma 2", 2024, section 2 (softcap); Shoeybi et al., "Megatron-LM", 2019, section 3 (vocabulary-parallel).
 
     Example:
         >>> import torch, genloss_kernels as gk
@@ -126,6 +137,14 @@ def cross_entropy(
     """
     reduction = parse_reduction(reduction, size_average, reduce)
     target = index_target(target)
+    if vocab_shard is not None:
+        from ..vocab_parallel import sharded
+
+        checks.flag("inplace_backward", inplace_backward)
+        return sharded.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, row_weight, vocab_shard,
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, divisor=divisor, return_stats=return_stats,
+        )  # fmt: skip
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
     checks.number("logit_scale", logit_scale)
     checks.number("z_loss", z_loss)
@@ -140,8 +159,6 @@ def cross_entropy(
     )
     if not plain:
         _check_extras(input, target, softcap, z_loss, row_weight, divisor, reduction, return_stats)
-    if vocab_shard is not None:
-        raise NotImplementedError("vocab_shard is not available in this release: pass full-size logits")
     triton = backend.use_triton(input, target, weight, row_weight)
     if plain and not triton and _builtin_is_best(input, target):
         return _builtin(input, target, weight, ignore_index, reduction, label_smoothing)

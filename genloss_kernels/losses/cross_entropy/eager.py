@@ -36,10 +36,8 @@ def _transformed(logits: Tensor, options: Options, scratch: Scratch) -> Tensor:
     return reference.transform(logits, options)
 
 
-def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options) -> Rows:
-    """Loss and statistics of each row of logits (N, C, d1, ...)."""
-    if not logits.numel():
-        return reference.rows(logits, target, weight, row_weight, options)
+def sums(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Sums:
+    """Sums over the classes of each row of logits (N, C, d1, ...), which must have elements."""
     dtype = accumulator(logits.dtype)
     dim, n_classes = _class_dim(logits), logits.size(1)
     moved = logits.movedim(1, dim)
@@ -62,10 +60,19 @@ def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: T
             if result is not None and value is not None:
                 result[index] = value
     assert results is not None
-    return reference.combine(results, moved_target, weight, row_weight, options, dim, n_classes)
+    return results
 
 
-class _RowGradients(NamedTuple):
+def forward(logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options) -> Rows:
+    """Loss and statistics of each row of logits (N, C, d1, ...)."""
+    if not logits.numel():
+        return reference.rows(logits, target, weight, row_weight, options)
+    results = sums(logits, target, weight, options)
+    weight = None if weight is None else weight.to(accumulator(logits.dtype))
+    return reference.combine(results, target, weight, row_weight, options, 1, logits.size(1))
+
+
+class RowGradients(NamedTuple):
     """Coefficients of each row's gradient, in the shape of the rows; None where there is none."""
 
     loss: Tensor
@@ -78,11 +85,24 @@ class _RowGradients(NamedTuple):
     ignored: Tensor | None = None
     outside: Tensor | None = None
 
-    def block(self, index: tuple[int | slice, ...]) -> _RowGradients:
-        return _RowGradients(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+    def block(self, index: tuple[int | slice, ...]) -> RowGradients:
+        return RowGradients(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
 
 
-def _row_gradients(
+def of_probabilities(rows: RowGradients, mass: Tensor, target_mass: Tensor) -> Tensor:
+    """Coefficient of a row's probabilities, from the sums of its smoothed and of its plain target."""
+    result = rows.loss * mass
+    if rows.lse is not None:
+        result = result + rows.lse
+    return result if rows.log_prob is None else result - rows.log_prob * target_mass
+
+
+def of_z_loss(rows: RowGradients, lse: Tensor, options: Options) -> Tensor:
+    """What the z-loss adds to the coefficient of a row's probabilities."""
+    return 2.0 * options.z_loss * rows.loss * lse
+
+
+def row_gradients(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -90,7 +110,8 @@ def _row_gradients(
     divisor: Tensor | None,
     grads: tuple[Tensor | None, ...],
     options: Options,
-) -> _RowGradients:
+) -> RowGradients:
+    """Of logits only the shape, dtype and device matter."""
     dtype = accumulator(logits.dtype)
     shape = logits.select(1, 0).shape
     grad_loss, *grad_statistics = grads
@@ -102,7 +123,7 @@ def _row_gradients(
     grad = grad.expand(shape)
     if row_weight is not None:
         grad = grad * row_weight.to(dtype)
-    rows = _RowGradients(grad, *(None if g is None else g.expand(shape) for g in grad_statistics))
+    rows = RowGradients(grad, *(None if g is None else g.expand(shape) for g in grad_statistics))
     if target.is_floating_point():
         return rows
     n_classes, smoothing = logits.size(1), options.label_smoothing
@@ -139,7 +160,20 @@ def backward(
 ) -> None:
     """Write the gradients of logits and target, block by block, from those of loss, lse, log-probability and entropy."""
     weight = None if weight is None else weight.to(accumulator(logits.dtype))
-    rows = _row_gradients(logits, target, weight, row_weight, divisor, grads, options)
+    rows = row_gradients(logits, target, weight, row_weight, divisor, grads, options)
+    write(logits, target, weight, rows, grad_logits, grad_target, options)
+
+
+def write(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: RowGradients,
+    grad_logits: Tensor | None,
+    grad_target: Tensor | None,
+    options: Options,
+) -> None:
+    """Write the gradients of logits and target, block by block, from the coefficients of each row's."""
     dim = _class_dim(logits)
     moved = logits.movedim(1, dim)
     moved_target = target.movedim(1, dim) if target.is_floating_point() else target
@@ -157,7 +191,7 @@ def backward(
 
 
 def _write_grad_target(
-    y: Tensor, weight: Tensor | None, rows: _RowGradients, grad_target: Tensor, options: Options, dim: int
+    y: Tensor, weight: Tensor | None, rows: RowGradients, grad_target: Tensor, options: Options, dim: int
 ) -> None:
     factor = rows.loss.unsqueeze(dim) * (options.label_smoothing - 1.0)
     if weight is not None:
@@ -171,7 +205,7 @@ def _write_grad_logits(
     y: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    rows: _RowGradients,
+    rows: RowGradients,
     grad_logits: Tensor,
     options: Options,
     dim: int,
@@ -185,17 +219,13 @@ def _write_grad_logits(
         log_p = torch.log_softmax(y, dim).masked_fill_(dy == 0, 0.0)
         entropy = -(dy * log_p).sum(dim, keepdim=True)
         surplus = log_p.add_(entropy).mul_(dy).mul_(rows.entropy.unsqueeze(dim))
-    if rows.of_probability is None:
-        q = reference.smoothed(target, weight, dim, options, y.dtype)
-        of_probability = rows.loss * q.sum(dim)
-        if rows.lse is not None:
-            of_probability = of_probability + rows.lse
-        if rows.log_prob is not None:
-            of_probability = of_probability - rows.log_prob * target.sum(dim, dtype=y.dtype)
-    else:
-        q, of_probability = None, rows.of_probability
+    q = reference.smoothed(target, weight, dim, options, y.dtype) if target.is_floating_point() else None
+    of_probability = rows.of_probability
+    if of_probability is None:
+        assert q is not None
+        of_probability = of_probabilities(rows, q.sum(dim), target.sum(dim, dtype=y.dtype))
     if options.z_loss:
-        of_probability = of_probability + 2.0 * options.z_loss * rows.loss * torch.logsumexp(y, dim)
+        of_probability = of_probability + of_z_loss(rows, torch.logsumexp(y, dim), options)
     dy.mul_(of_probability.unsqueeze(dim))
     if q is not None:
         dy.sub_(q.mul_(grad) if q is not target else q * grad)

@@ -16,6 +16,7 @@ from ..cross_entropy import reference
 from ..cross_entropy.api import CrossEntropyStats, cross_entropy
 from ..cross_entropy.reference import Options
 from .chunks import Head, mean_divisor
+from .flops import register_formulas
 from .op import LinearCrossEntropyRows, Needed, ReducedLinearCrossEntropy, by_reference, mask_of
 from .options import LinearCrossEntropyOptions, rows_at_a_time
 
@@ -66,7 +67,8 @@ def linear_cross_entropy(
         row_weight: factor of each row's whole loss, in the shape of the ``"none"`` result.
         divisor: number or 0-d tensor that replaces what ``mean`` divides by.
         return_stats: return :class:`CrossEntropyStats` instead of the loss alone.
-        vocab_shard: reserved for vocabulary-parallel losses; not available in this release.
+        vocab_shard: :class:`genloss_kernels.distributed.VocabShard` of this rank where the vocabulary is spread over ranks;
+            see *Vocabulary-parallel*.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``; for ``none`` the input's shape without D. In the input's dtype (fp32 under
@@ -79,6 +81,14 @@ def linear_cross_entropy(
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss of NaN, and the gradient of the weight NaN.
 
+    Vocabulary-parallel:
+        With ``vocab_shard``, ``linear_weight`` and ``linear_bias`` are this rank's rows, or DTensors of ``Shard(0)``;
+        all else is as for :func:`cross_entropy` with ``vocab_shard``, whole and the same on all ranks. One all-gather serves
+        each chunk whose gradients are made in the forward, else one for all rows, of as many bytes a row. The gradients
+        of weight and bias are this rank's; that of ``input`` is summed over the ranks, in its dtype, by one all-reduce in
+        the backward, unless the shard's ``reduce_input_grad`` is False. Whether gradients are wanted must be the same on all
+        ranks.
+
     Numerics:
         Logits in the dtype of the product, the rest in fp32 (fp64 for fp64); the gradient of the weight is summed over
         chunks in fp32. Every backward gives the same bits.
@@ -88,7 +98,8 @@ def linear_cross_entropy(
 
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, and Hsu et al., "Liger Kernel", 2024,
-        for gradients made chunk by chunk in the forward.
+        for gradients made chunk by chunk in the forward; Shoeybi et al., "Megatron-LM", 2019, section 3
+        (vocabulary-parallel).
 
     Example:
         >>> import torch, genloss_kernels as gk
@@ -96,17 +107,24 @@ def linear_cross_entropy(
         >>> round(gk.linear_cross_entropy(hidden, head, torch.tensor([0, 1])).item(), 4)
         0.7437
     """
+    if not torch.compiler.is_compiling():
+        register_formulas()
     target = index_target(target)
-    _check_linear(input, linear_weight, linear_bias, target)
+    loss_options: dict[str, Any] = {
+        "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "divisor": divisor, "return_stats": return_stats,
+    }  # fmt: skip
     if vocab_shard is not None:
-        raise NotImplementedError("vocab_shard is not available in this release: pass the full linear_weight")
+        from ..vocab_parallel import sharded
+
+        return sharded.linear_cross_entropy(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, row_weight,
+            vocab_shard, **loss_options,
+        )  # fmt: skip
+    _check_linear(input, linear_weight, linear_bias, target)
     probabilities = target.is_floating_point()
     if probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
-    loss_options: dict[str, Any] = {
-        "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "divisor": divisor, "return_stats": return_stats,
-    }  # fmt: skip
     if linear_weight.dim() > 2:
         logits = _logits(input, linear_weight, linear_bias)
         return cross_entropy(
@@ -124,14 +142,7 @@ def linear_cross_entropy(
     rows_shape, n_classes = input.shape[:-1], linear_weight.size(0)
     flat = input.reshape(-1, input.size(-1))
     target = target.reshape(-1, n_classes) if probabilities else target.reshape(-1)
-    if row_weight is not None:
-        checks.floating("row_weight", row_weight)
-        if row_weight.shape != rows_shape:
-            raise ValueError(
-                f"row_weight must have the shape {list(rows_shape)} of the loss with reduction='none', got "
-                f"{list(row_weight.shape)}"
-            )
-        row_weight = row_weight.reshape(-1)
+    row_weight = _flat_row_weight(row_weight, rows_shape)
     # Everything else is checked as for logits, of which the shape is enough.
     like = flat[:, :1].expand(-1, n_classes)
     cross_entropy_api.check(like, target, weight, ignore_index, reduction, label_smoothing, row_weight, **loss_options)
@@ -203,6 +214,17 @@ def _compute(
     return reference.reduce(loss, normalizer, head.divisor, formula).to(dtype), stats
 
 
+def _flat_row_weight(row_weight: Any, shape: torch.Size) -> Tensor | None:
+    if row_weight is None:
+        return None
+    checks.floating("row_weight", row_weight)
+    if row_weight.shape != shape:
+        raise ValueError(
+            f"row_weight must have the shape {list(shape)} of the loss with reduction='none', got {list(row_weight.shape)}"
+        )
+    return row_weight.reshape(-1)
+
+
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     logits = (input @ linear_weight.flatten(0, -2).t()).unflatten(1, linear_weight.shape[:-1])
     return logits if linear_bias is None else logits + linear_bias
@@ -230,13 +252,21 @@ def _spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
     return rows.reshape(shape)
 
 
-def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> None:
+def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any, vocab_size: int | None = None) -> None:
+    """``vocab_size`` is that of all ranks, of which this one may hold nothing; None where ``linear_weight`` is whole."""
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("input", input)):
+        if checks.is_dtensor(tensor):
+            raise TypeError(
+                f"{name} is a DTensor with the placements {tensor.placements}: call the layer itself inside its FSDP "
+                "module, which gathers its parameters, pass .full_tensor(), or where the vocabulary is spread over ranks "
+                "pass vocab_shard=genloss_kernels.distributed.VocabShard.from_dtensor(linear_weight)"
+            )
     checks.floating("input", input)
     checks.floating("linear_weight", linear_weight)
     checks.tensor("target", target)
     if input.dim() < 1:
         raise RuntimeError("input must have shape (..., D), got a 0-d tensor")
-    if linear_weight.numel() == 0:
+    if linear_weight.numel() == 0 and vocab_size is None:
         raise RuntimeError(
             f"linear_weight of shape {list(linear_weight.shape)} is empty: if its parameters are sharded, gather them "
             "first, for example by calling the layer itself inside its FSDP module"
@@ -265,7 +295,8 @@ def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any)
                 f"(N, {input.size(-1)}), got {list(input.shape)}"
             )
         return
-    expected = (*input.shape[:-1], linear_weight.size(0)) if target.is_floating_point() else input.shape[:-1]
+    n_classes = linear_weight.size(0) if vocab_size is None else vocab_size
+    expected = (*input.shape[:-1], n_classes) if target.is_floating_point() else input.shape[:-1]
     if target.shape != torch.Size(expected):
         kind = "probabilities" if target.is_floating_point() else "class indices"
         raise RuntimeError(f"target of {kind} must have the shape {list(expected)}, got {list(target.shape)}")

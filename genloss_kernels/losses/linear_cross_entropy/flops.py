@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def _products(input: Any, linear_weight: Any, needed: int) -> int:
@@ -27,7 +28,18 @@ def _rows_backward(input: Any, linear_weight: Any, *rest: Any, **_: Any) -> int:
 
 
 def register_formulas() -> None:
+    """For a counter that has been imported, and for those that count already; importing it would import Triton."""
+    counter = sys.modules.get("torch.utils.flop_counter")
     operators = torch.ops.genloss
-    register_flop_formula(operators.linear_cross_entropy_reduced)(_reduced)
-    register_flop_formula(operators.linear_cross_entropy_rows)(_rows)
-    register_flop_formula(operators.linear_cross_entropy_rows_backward)(_rows_backward)
+    if counter is None or operators.linear_cross_entropy_reduced in counter.flop_registry:
+        return
+    formulas = {
+        operators.linear_cross_entropy_reduced: _reduced,
+        operators.linear_cross_entropy_rows: _rows,
+        operators.linear_cross_entropy_rows_backward: _rows_backward,
+    }
+    for operator, formula in formulas.items():
+        counter.register_flop_formula(operator)(formula)
+    found = {operator: counter.flop_registry[operator] for operator in formulas}
+    for mode in _get_current_dispatch_mode_stack():
+        getattr(mode, "flop_registry", {}).update(found)
