@@ -350,6 +350,15 @@ def output_hook(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
 
 
+def capping_hook(model: Any) -> None:
+    """Of tensors alone, so that the stand-in does not see it; fresh logits are too small for it to show."""
+
+    def cap(module: Any, args: Any, output: Any) -> Any:
+        return 30.0 * torch.tanh(output / 30.0) if isinstance(output, Tensor) and output.dim() else output
+
+    model.lm_head.register_forward_hook(cap)
+
+
 def input_hook(model: Any) -> None:
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
 
@@ -371,6 +380,7 @@ class ComputesItself(LlamaForCausalLM):
         (capped_head, "CapsInside, not a linear layer", None),
         (replaced_forward, "forward of its output layer has been replaced", None),
         (output_hook, "loss differs", None),
+        (capping_hook, "differs by .* with logits enlarged", None),
         (input_hook, "a hook changes the input", None),
         (own_loss, "does more to its logits", "does not compute its loss by model.loss_function"),
     ],
