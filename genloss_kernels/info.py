@@ -81,6 +81,8 @@ def path(loss: str) -> str:
         missing = "TRITON_INTERPRET=1" if backend.triton_installed() else "the package triton"
         return f"none: backend 'triton' needs {missing}"
     module = sys.modules[getattr(functional, loss).__module__]
+    if device.type == "cpu" and hasattr(module, "LOGITS_BELOW"):
+        return f"whole logits below {module.LOGITS_BELOW} of them; else PyTorch operators chunk by chunk"
     # The sizes from which a loss has a path of its own on a CPU are constants beside its public function.
     limits = [("elements", "BUILTIN_BELOW"), ("classes", "BUILTIN_CLASSES")]
     below = [f"{getattr(module, constant)} {unit}" for unit, constant in limits if hasattr(module, constant)]

@@ -19,7 +19,7 @@ import genloss_kernels as gk
 from genloss_kernels.cases import linear_cross_entropy_oracle as _oracle
 from genloss_kernels.core import launch, scaling
 from genloss_kernels.core.backend import INTERPRETED
-from genloss_kernels.losses.linear_cross_entropy import chunks, options
+from genloss_kernels.losses.linear_cross_entropy import api, chunks, options
 
 from .comparison import HALVES, aligned, check, check_outputs, check_second_derivatives
 
@@ -32,6 +32,7 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(options.DEFAULT_ROWS, "cpu", 8)
     monkeypatch.setitem(options.DEFAULT_ROWS, "cuda", 8)
     monkeypatch.setattr(options, "WHOLE_BATCH", 4)
+    monkeypatch.setattr(api, "LOGITS_BELOW", 0)
 
 
 def _labels(n_rows: int = 20, n_classes: int = 300, width: int = 12, bias: bool = True, **rest: Any) -> dict[str, Any]:
@@ -517,6 +518,30 @@ def test_known_failure_probability_near_one(path: str) -> None:
     given["target"].clamp_(max=11)
     given["input"] = torch.eye(12)[given["target"]] * 22.0
     check(gk.linear_cross_entropy, _oracle, given, ("input", "linear_weight"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_few_logits_of_a_cpu_are_whole(kind: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every option and statistics, as the chunks give them."""
+    monkeypatch.setattr(api, "LOGITS_BELOW", 2**20)
+    make, differentiable = KINDS[kind]
+    drawn = {key: value() if callable(value) else value for key, value in OPTIONS["everything"].items()}
+    given = make(reduction=reduction, **drawn)
+    given = {k: v.reshape(4, 5, *v.shape[1:]) if k in ("input", "target", "row_weight") else v for k, v in given.items()}
+    if kind == "labels":
+        given["input"][given["target"] == -100] = NAN
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_compute", None)
+        check(gk.linear_cross_entropy, _clean_oracle, given, differentiable)
+        whole = gk.linear_cross_entropy(**given, return_stats=True)
+    monkeypatch.setattr(api, "LOGITS_BELOW", 0)
+    for ours, theirs in zip(whole, gk.linear_cross_entropy(**given, return_stats=True), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _clean_oracle(input: Tensor, **rest: Any) -> Tensor:
+    return _oracle(input.nan_to_num(0.0), **rest)
 
 
 def test_known_failure_weight_gradient_summed_in_half_precision(path: str) -> None:

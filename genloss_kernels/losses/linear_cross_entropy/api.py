@@ -18,7 +18,10 @@ from ..cross_entropy.reference import Options
 from .chunks import Head, mean_divisor
 from .flops import register_formulas
 from .op import LinearCrossEntropyRows, Needed, ReducedLinearCrossEntropy, by_reference, mask_of
-from .options import LinearCrossEntropyOptions, rows_at_a_time
+from .options import WHOLE_BATCH, LinearCrossEntropyOptions, rows_at_a_time
+
+# Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
+LOGITS_BELOW = 2**16
 
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
@@ -146,9 +149,14 @@ def linear_cross_entropy(
     # Everything else is checked as for logits, of which the shape is enough.
     like = flat[:, :1].expand(-1, n_classes)
     cross_entropy_api.check(like, target, weight, ignore_index, reduction, label_smoothing, row_weight, **loss_options)
+    triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
+    if not triton and _logits_are_best(flat, linear_weight, target):
+        return _by_logits(
+            flat, linear_weight, linear_bias, target, weight, ignore_index, reduction, label_smoothing, row_weight,
+            rows_shape, loss_options,
+        )  # fmt: skip
     if not probabilities:
         checks.class_indices(target, n_classes, ignore_index)
-    triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     tensor_divisor = divisor if isinstance(divisor, Tensor) else None
     formula = Options(
         ignore_index,
@@ -175,6 +183,41 @@ def linear_cross_entropy(
     lse, log_prob, entropy, n_valid, n_correct = stats
     lse, log_prob, entropy = (_spread(s, kept, rows_shape) for s in (lse, log_prob, entropy))
     return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
+
+
+def _logits_are_best(input: Tensor, linear_weight: Tensor, target: Tensor) -> bool:
+    if input.device.type != "cpu" or not 0 < input.size(0) <= WHOLE_BATCH or not backend.plain(input, linear_weight, target):
+        return False
+    return input.size(0) * linear_weight.size(0) < LOGITS_BELOW
+
+
+def _by_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    row_weight: Tensor | None,
+    shape: torch.Size,
+    loss_options: dict[str, Any],
+) -> Tensor | CrossEntropyStats:
+    """Cross entropy of the logits of the whole batch, where they are too few to be worth chunks."""
+    if not target.is_floating_point():
+        ignored = target == ignore_index
+        if ignored.any():
+            input = input.masked_fill(ignored.unsqueeze(1), 0.0)
+    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    result = cross_entropy(
+        logits, target, weight, None, ignore_index, None, reduction, label_smoothing, row_weight=row_weight, **loss_options
+    )
+    if isinstance(result, Tensor):
+        return result.reshape(shape) if reduction == "none" else result
+    loss = result.loss.reshape(shape) if reduction == "none" else result.loss
+    rows = (row.reshape(shape) for row in (result.lse, result.log_prob, result.entropy))
+    return CrossEntropyStats(loss, *rows, result.n_valid, result.n_correct)
 
 
 def _compute(
