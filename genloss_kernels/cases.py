@@ -289,6 +289,9 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
         "mse_loss": F.mse_loss,
+        "l1_loss": F.l1_loss,
+        "smooth_l1_loss": F.smooth_l1_loss,
+        "huber_loss": F.huber_loss,
     }[loss]
     return Case(loss, name, make, oracle, uses=frozenset(uses), **rest)
 
@@ -447,13 +450,18 @@ def _regression(*shape: int, weighted: bool = False, **options: Any) -> Callable
     return make
 
 
-def _mse_loss() -> Iterator[Case]:
-    loss = "mse_loss"
-    yield _case(loss, "elements 2**20", _regression(2**20), BYTES)
-    yield _case(loss, "elements 2**15", _regression(2**15), DOCTOR)
-    yield _case(loss, "weighted", _regression(37, 1001, weighted=True), DOCTOR)
-    yield _case(loss, "per element", _regression(37, 53, reduction="none"), DOCTOR)
-    yield _case(loss, "elements", _flat(_regression), BENCH, dtypes=_DTYPES_32)
+def _regressions() -> Iterator[Case]:
+    # Thresholds that part differences of uniform numbers about evenly.
+    options: dict[str, dict[str, Any]] = {
+        "mse_loss": {}, "l1_loss": {}, "smooth_l1_loss": {"beta": 0.25}, "huber_loss": {"delta": 0.25},
+    }  # fmt: skip
+    for loss, threshold in options.items():
+        yield _case(loss, "elements 2**20", _regression(2**20, **threshold), BYTES)
+        yield _case(loss, "elements 2**15", _regression(2**15, **threshold), DOCTOR)
+        if loss != "smooth_l1_loss":
+            yield _case(loss, "weighted", _regression(37, 1001, weighted=True, **threshold), DOCTOR)
+        yield _case(loss, "per element", _regression(37, 53, reduction="none", **threshold), DOCTOR)
+        yield _case(loss, "elements", _flat(_regression, **threshold), BENCH, dtypes=_DTYPES_32)
 
 
 CASES: tuple[Case, ...] = (
@@ -462,7 +470,7 @@ CASES: tuple[Case, ...] = (
     *_nll_loss(),
     *_binary_cross_entropy(),
     *_gaussian_kl(),
-    *_mse_loss(),
+    *_regressions(),
 )
 
 

@@ -6,7 +6,7 @@ from .losses.gaussian_kl.api import gaussian_kl
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
-from .losses.regression.api import mse_loss
+from .losses.regression.api import huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
 __all__ = [
     "CrossEntropyStats",
@@ -14,7 +14,10 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_kl",
+    "huber_loss",
+    "l1_loss",
     "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
+    "smooth_l1_loss",
 ]

@@ -17,9 +17,12 @@ __all__ = [
     "CrossEntropyLoss",
     "FusedLMHead",
     "GaussianKLLoss",
+    "HuberLoss",
+    "L1Loss",
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
+    "SmoothL1Loss",
 ]
 
 _LINEAR_OPTIONS = frozenset(inspect.signature(F.linear_cross_entropy).parameters) - {
@@ -320,3 +323,24 @@ class MSELoss(torch.nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    """:func:`genloss_kernels.l1_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """:func:`genloss_kernels.smooth_l1_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """:func:`genloss_kernels.huber_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)

@@ -29,6 +29,7 @@ _OPERATORS = {
     ("linear_cross_entropy", ""): (11, 0),
     # The sum of the weights, and dividing by it.
     ("mse_loss", "weighted"): (2, 1),
+    ("l1_loss", "weighted"): (2, 1),
 }
 
 
