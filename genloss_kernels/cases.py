@@ -288,6 +288,7 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "nll_loss": F.nll_loss,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
+        "gaussian_nll_loss": F.gaussian_nll_loss,
         "mse_loss": F.mse_loss,
         "l1_loss": F.l1_loss,
         "smooth_l1_loss": F.smooth_l1_loss,
@@ -464,6 +465,31 @@ def _regressions() -> Iterator[Case]:
         yield _case(loss, "elements", _flat(_regression, **threshold), BENCH, dtypes=_DTYPES_32)
 
 
+def _likelihood(*shape: int, var: tuple[int, ...] | float = (), **options: Any) -> Callable[..., Call]:
+    """Means, and variances of at least a quarter."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        mean, target = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+        if isinstance(var, float):
+            return Call({"input": mean, "target": target, "var": var, **options}, ("input",))
+        variance = (torch.rand(var or shape, generator=generator, device=device) + 0.25).to(dtype)
+        return Call({"input": mean, "target": target, "var": variance, **options}, ("input", "var"))
+
+    return make
+
+
+def _gaussian_nll_loss() -> Iterator[Case]:
+    loss = "gaussian_nll_loss"
+    yield _case(loss, "elements 2**20", _likelihood(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _likelihood(2**15, full=True), DOCTOR)
+    yield _case(loss, "clamped", _likelihood(37, 1001, eps=0.5), DOCTOR)
+    yield _case(loss, "one variance a row", _likelihood(61, 257, var=(61, 1)), DOCTOR)
+    yield _case(loss, "one variance", _likelihood(61, 257, var=0.3, reduction="sum"), DOCTOR)
+    yield _case(loss, "per element", _likelihood(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "elements", _flat(_likelihood), BENCH, dtypes=(dtype,))
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_linear_cross_entropy(),
@@ -471,6 +497,7 @@ CASES: tuple[Case, ...] = (
     *_binary_cross_entropy(),
     *_gaussian_kl(),
     *_regressions(),
+    *_gaussian_nll_loss(),
 )
 
 

@@ -3,6 +3,7 @@
 from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.gaussian_kl.api import gaussian_kl
+from .losses.gaussian_nll.api import gaussian_nll_loss
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
@@ -14,6 +15,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_kl",
+    "gaussian_nll_loss",
     "huber_loss",
     "l1_loss",
     "linear_cross_entropy",

@@ -17,6 +17,7 @@ __all__ = [
     "CrossEntropyLoss",
     "FusedLMHead",
     "GaussianKLLoss",
+    "GaussianNLLLoss",
     "HuberLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
@@ -344,3 +345,10 @@ class HuberLoss(torch.nn.HuberLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
+    """:func:`genloss_kernels.gaussian_nll_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return F.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)

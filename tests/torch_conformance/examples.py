@@ -175,6 +175,12 @@ def _regression(loss: Callable[..., Tensor], weighted: bool = False, **options: 
     return make
 
 
+def _likelihood(draw: Draw, rows: int, *shared: int, **options: Any) -> Problem:
+    # By log-variances, so that no step away from them makes a variance negative.
+    tensors = draw.normal(rows, 5), draw.normal(rows, 5), draw.normal(*shared or (rows, 5))
+    return lambda x, t, logvar: gk.gaussian_nll_loss(x, t, logvar.exp(), **options), tensors
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -204,6 +210,9 @@ def _examples() -> Iterator[Example]:
     # The bounds lie away from every element, sample and log-variance that is drawn.
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
+    loss = "gaussian_nll_loss"
+    yield Example("with the constant", loss, lambda draw, rows: _likelihood(draw, rows, full=True))
+    yield Example("one variance a row", loss, lambda draw, rows: _likelihood(draw, rows, rows, 1, reduction="none"))
     yield Example("weighted mean", "mse_loss", _regression(gk.mse_loss, weighted=True))
     yield Example("weighted mean", "l1_loss", _regression(gk.l1_loss, weighted=True))
     yield Example("per element", "smooth_l1_loss", _regression(gk.smooth_l1_loss, beta=1.5, reduction="none"))

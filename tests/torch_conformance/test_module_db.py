@@ -20,6 +20,7 @@ COUNTS = {
     "L1Loss": (5, 1),
     "SmoothL1Loss": (8, 1),
     "HuberLoss": (4, 1),
+    "GaussianNLLLoss": (5, 1),
 }
 
 pytestmark = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other inputs")

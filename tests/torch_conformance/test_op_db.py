@@ -24,10 +24,11 @@ COUNTS = {
     "nn.functional.l1_loss": 6,
     "nn.functional.smooth_l1_loss": 8,
     "nn.functional.huber_loss": 9,
+    "nn.functional.gaussian_nll_loss": 324,
 }
 
 # Error inputs of each entry there; the others have none.
-ERRORS = {"nn.functional.l1_loss": 2, "nn.functional.huber_loss": 3}
+ERRORS = {"nn.functional.l1_loss": 2, "nn.functional.huber_loss": 3, "nn.functional.gaussian_nll_loss": 3}
 
 # The eager path of these is the built-in at every size.
 ALWAYS_BUILT_IN = {f"nn.functional.{name}" for name in ("nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")}
@@ -94,6 +95,10 @@ def _differentiate(
     first = list(torch.autograd.grad(loss, leaves, upstream, create_graph=second))
     results = {"loss": loss, **{f"gradient {place}": grad for place, grad in enumerate(first)}}
     terms = {} if loss.dim() else {"loss": size(leaves, first) / upstream.detach().abs()}
+    for place, leaf in enumerate(leaves):
+        if not leaf.dim() and leaves[0].dim():
+            # What all elements share has a sum for its gradient, of terms of about the size of the input's.
+            terms[f"gradient {place}"] = first[0].detach().abs().sum()
     if second:
         directions = [draw(grad) for grad in first]
         projection = torch.stack([(g * d).sum() for g, d in zip(first, directions, strict=True)]).sum()
