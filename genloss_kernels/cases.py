@@ -288,7 +288,11 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "nll_loss": F.nll_loss,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
+        "gaussian_nll_loss": F.gaussian_nll_loss,
         "mse_loss": F.mse_loss,
+        "l1_loss": F.l1_loss,
+        "smooth_l1_loss": F.smooth_l1_loss,
+        "huber_loss": F.huber_loss,
     }[loss]
     return Case(loss, name, make, oracle, uses=frozenset(uses), **rest)
 
@@ -447,13 +451,43 @@ def _regression(*shape: int, weighted: bool = False, **options: Any) -> Callable
     return make
 
 
-def _mse_loss() -> Iterator[Case]:
-    loss = "mse_loss"
-    yield _case(loss, "elements 2**20", _regression(2**20), BYTES)
-    yield _case(loss, "elements 2**15", _regression(2**15), DOCTOR)
-    yield _case(loss, "weighted", _regression(37, 1001, weighted=True), DOCTOR)
-    yield _case(loss, "per element", _regression(37, 53, reduction="none"), DOCTOR)
-    yield _case(loss, "elements", _flat(_regression), BENCH, dtypes=_DTYPES_32)
+def _regressions() -> Iterator[Case]:
+    # Thresholds that part differences of uniform numbers about evenly.
+    options: dict[str, dict[str, Any]] = {
+        "mse_loss": {}, "l1_loss": {}, "smooth_l1_loss": {"beta": 0.25}, "huber_loss": {"delta": 0.25},
+    }  # fmt: skip
+    for loss, threshold in options.items():
+        yield _case(loss, "elements 2**20", _regression(2**20, **threshold), BYTES)
+        yield _case(loss, "elements 2**15", _regression(2**15, **threshold), DOCTOR)
+        if loss != "smooth_l1_loss":
+            yield _case(loss, "weighted", _regression(37, 1001, weighted=True, **threshold), DOCTOR)
+        yield _case(loss, "per element", _regression(37, 53, reduction="none", **threshold), DOCTOR)
+        yield _case(loss, "elements", _flat(_regression, **threshold), BENCH, dtypes=_DTYPES_32)
+
+
+def _likelihood(*shape: int, var: tuple[int, ...] | float = (), **options: Any) -> Callable[..., Call]:
+    """Means, and variances of at least a quarter."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        mean, target = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+        if isinstance(var, float):
+            return Call({"input": mean, "target": target, "var": var, **options}, ("input",))
+        variance = (torch.rand(var or shape, generator=generator, device=device) + 0.25).to(dtype)
+        return Call({"input": mean, "target": target, "var": variance, **options}, ("input", "var"))
+
+    return make
+
+
+def _gaussian_nll_loss() -> Iterator[Case]:
+    loss = "gaussian_nll_loss"
+    yield _case(loss, "elements 2**20", _likelihood(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _likelihood(2**15, full=True), DOCTOR)
+    yield _case(loss, "clamped", _likelihood(37, 1001, eps=0.5), DOCTOR)
+    yield _case(loss, "one variance a row", _likelihood(61, 257, var=(61, 1)), DOCTOR)
+    yield _case(loss, "one variance", _likelihood(61, 257, var=0.3, reduction="sum"), DOCTOR)
+    yield _case(loss, "per element", _likelihood(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "elements", _flat(_likelihood), BENCH, dtypes=(dtype,))
 
 
 CASES: tuple[Case, ...] = (
@@ -462,7 +496,8 @@ CASES: tuple[Case, ...] = (
     *_nll_loss(),
     *_binary_cross_entropy(),
     *_gaussian_kl(),
-    *_mse_loss(),
+    *_regressions(),
+    *_gaussian_nll_loss(),
 )
 
 

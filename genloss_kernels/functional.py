@@ -3,10 +3,11 @@
 from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.gaussian_kl.api import gaussian_kl
+from .losses.gaussian_nll.api import gaussian_nll_loss
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
-from .losses.regression.api import mse_loss
+from .losses.regression.api import huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
 __all__ = [
     "CrossEntropyStats",
@@ -14,7 +15,11 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "gaussian_kl",
+    "gaussian_nll_loss",
+    "huber_loss",
+    "l1_loss",
     "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
+    "smooth_l1_loss",
 ]

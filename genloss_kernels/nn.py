@@ -17,9 +17,13 @@ __all__ = [
     "CrossEntropyLoss",
     "FusedLMHead",
     "GaussianKLLoss",
+    "GaussianNLLLoss",
+    "HuberLoss",
+    "L1Loss",
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
+    "SmoothL1Loss",
 ]
 
 _LINEAR_OPTIONS = frozenset(inspect.signature(F.linear_cross_entropy).parameters) - {
@@ -157,11 +161,14 @@ class LinearCrossEntropyLoss(_TorchLinearCrossEntropyLoss):
             device=device,
             dtype=dtype,
             reduction=reduction,
-            weight=weight,
+            weight=None if vocab_shard is not None else weight,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             options=options,
         )
+        if vocab_shard is not None:
+            # Of all ranks' classes, where the layer has this rank's.
+            self.weight = weight
         self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
         self.return_stats, self.vocab_shard = return_stats, vocab_shard
 
@@ -320,3 +327,31 @@ class MSELoss(torch.nn.MSELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    """:func:`genloss_kernels.l1_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """:func:`genloss_kernels.smooth_l1_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """:func:`genloss_kernels.huber_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
+    """:func:`genloss_kernels.gaussian_nll_loss` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return F.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)

@@ -78,6 +78,16 @@ def broadcastable(name: str, value: Tensor, shape: torch.Size) -> None:
         raise RuntimeError(f"{name} of shape {list(value.shape)} does not broadcast to the shape {list(shape)} of the input")
 
 
+def not_negative(name: str, value: Tensor) -> None:
+    """ValueError for a negative element, where values may be read."""
+    if value.numel() == 0 or not reads_values(value):
+        return
+    lowest = value.detach().amin()
+    # NaN, which is no error, hides the others.
+    if lowest < 0.0 or (lowest.isnan() and (value < 0.0).any()):
+        raise ValueError(f"{name} has a negative entry: it must not be negative")
+
+
 def class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """IndexError for a class index out of range, where values may be read."""
     if target.numel() == 0 or not reads_values(target):

@@ -21,7 +21,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
     if not triton:
         if factor.device.type != "cpu" or float(factor) != 1.0:
             for tensor in tensors:
-                tensor.mul_(factor.to(tensor.dtype))
+                tensor.mul_(factor)  # not first rounded to half precision, in which it may be infinite
         return
     from .scaling_kernel import _scale_kernel
 

@@ -27,8 +27,13 @@ _OPERATORS = {
     ("linear_cross_entropy", "chunks"): (25, 0),
     ("linear_cross_entropy", "per row"): (6, 7),
     ("linear_cross_entropy", ""): (11, 0),
+    # The gradient of the variances is summed over what shares one.
+    ("gaussian_nll_loss", "one variance a row"): (0, 1),
+    # A number becomes a tensor.
+    ("gaussian_nll_loss", "one variance"): (1, 0),
     # The sum of the weights, and dividing by it.
     ("mse_loss", "weighted"): (2, 1),
+    ("l1_loss", "weighted"): (2, 1),
 }
 
 

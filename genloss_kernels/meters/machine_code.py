@@ -34,6 +34,8 @@ _ONCE = 3
 _FORMULAS = {
     "gaussian_kl_value": (1.0, 2.0),
     "gaussian_kl_gradient": (1.0, 2.0),
+    "gaussian_nll_value": (1.0, 1.0),
+    "gaussian_nll_gradient": (1.0, 1.0),
     "binary_cross_entropy_value": (2.0, 2.0),
     "binary_cross_entropy_gradient": (3.0, 3.0),
 }

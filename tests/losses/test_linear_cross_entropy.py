@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -444,6 +445,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row weight": ({"row_weight": torch.ones(19)}, ValueError, "row_weight must have the shape"),
     "divisor": ({"divisor": 3.0, "reduction": "sum"}, ValueError, "divisor"),
     "shard": ({"vocab_shard": object()}, TypeError, "vocab_shard must be a .*VocabShard, not object"),
+    "options": ({"options": 5}, TypeError, "options must be a LinearCrossEntropyOptions"),
     "budget": ({"options": gk.LinearCrossEntropyOptions(memory_budget=100)}, ValueError, "too small for one row"),
 }  # fmt: skip
 
@@ -525,6 +527,7 @@ def test_known_failure_probability_near_one(path: str) -> None:
 def test_few_logits_of_a_cpu_are_whole(kind: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every option and statistics, as the chunks give them."""
     monkeypatch.setattr(api, "LOGITS_BELOW", 2**20)
+    monkeypatch.setattr(options, "WHOLE_BATCH", 256)
     make, differentiable = KINDS[kind]
     drawn = {key: value() if callable(value) else value for key, value in OPTIONS["everything"].items()}
     given = make(reduction=reduction, **drawn)
@@ -556,6 +559,62 @@ def test_known_failure_weight_gradient_summed_in_half_precision(path: str) -> No
         gradients.append(grad.double())
     many, one = gradients
     assert (many - one).norm() <= 2.0**-9 * one.norm()
+
+
+def test_known_failure_loss_scale(path: str) -> None:
+    """The gradients of fp16, divided by many tokens, are 0 before a loss scale, and the scale itself is infinite in fp16."""
+    given = _labels(divisor=2.0**20) | {"target": torch.randint(300, (20,))}
+    half = _in(torch.float16, given)
+    for scale in (2.0**16, 2.0**20):
+        gradients = []
+        for loss, arguments in ((gk.linear_cross_entropy, half), (_oracle, _in(torch.float64, half))):
+            leaves = {name: arguments[name].requires_grad_() for name in LAYER}
+            with torch.autocast("cpu", torch.float16, enabled=arguments is half):  # whose loss is fp32
+                value = loss(**arguments | leaves)
+            gradients.append([g.double() for g in torch.autograd.grad(value * scale, list(leaves.values()))])
+        for found, wanted in zip(*gradients, strict=True):
+            assert (found - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+def test_upstream_gradient_is_not_rounded(path: str) -> None:
+    """1.0039 is 1 in bfloat16, and would be so for the whole gradient."""
+    given = _in(torch.bfloat16, _labels(bias=False, reduction="sum"))
+    leaf = given["linear_weight"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):  # whose loss is fp32
+        loss = gk.linear_cross_entropy(**given | {"linear_weight": leaf})
+    one, more = (torch.autograd.grad(loss * factor, leaf, retain_graph=True)[0].double() for factor in (1.0, 1.0039))
+    assert abs(more.abs().sum() / one.abs().sum() - 1.0039) < 2.5e-3
+
+
+@pytest.mark.parametrize("rest", [{"reduction": "none"}, {"reduction": "sum", "return_stats": True}])
+def test_no_rows_have_a_gradient_of_0(rest: dict[str, Any]) -> None:
+    """Nor those that gathering leaves; there is nothing to launch."""
+    options = gk.LinearCrossEntropyOptions(gather_rows=True)
+    for given in (_labels(0), _labels(9, options=options) | {"target": torch.full((9,), -100)}):
+        leaves = {name: given[name].requires_grad_() for name in LAYER}
+        result = gk.linear_cross_entropy(**given | leaves | rest)
+        loss = result if isinstance(result, Tensor) else result.loss
+        assert not any(g.any() for g in torch.autograd.grad(loss.sum(), list(leaves.values())))
+
+
+# Dynamo makes an instance of every Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_once_for_all_lengths(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "WHOLE_BATCH", 256)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gk.linear_cross_entropy, fullgraph=True, dynamic=True, backend=counter)
+    for n_rows in (10, 200, 300, 500, 700):
+        given = _labels(n_rows, 40, reduction=reduction)
+        torch.testing.assert_close(compiled(**given), gk.linear_cross_entropy(**given))
+    assert counter.frame_count <= 2
+
+
+def test_dtype_of_wider_probabilities() -> None:
+    given = _probabilities()
+    given["target"] = given["target"].double()
+    logits = F.linear(given["input"], given["linear_weight"], given["linear_bias"])
+    assert gk.linear_cross_entropy(**given).dtype == F.cross_entropy(logits, given["target"]).dtype
 
 
 def test_known_failure_micro_batches_of_unequal_length(path: str) -> None:

@@ -7,7 +7,9 @@ import pytest
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 from genloss_kernels.losses.gaussian_kl import api as gaussian_kl_api
+from genloss_kernels.losses.gaussian_nll import api as gaussian_nll_api
 from genloss_kernels.losses.linear_cross_entropy import api as linear_cross_entropy_api
+from genloss_kernels.losses.regression import api as regression_api
 
 
 @pytest.fixture
@@ -18,4 +20,6 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(gaussian_kl_api, "PLAIN_BELOW", 0)
         monkeypatch.setattr(linear_cross_entropy_api, "LOGITS_BELOW", 0)
+        monkeypatch.setattr(gaussian_nll_api, "PLAIN_BELOW", 0)
+        monkeypatch.setattr(regression_api, "PLAIN_BELOW", 0)
     return request.param

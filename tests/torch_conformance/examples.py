@@ -167,9 +167,18 @@ def _gaussians(prior: bool, **options: Any) -> Callable[[Draw, int], Problem]:
     return make
 
 
-def _squared_error(draw: Draw, rows: int) -> Problem:
-    weight = draw.positive(rows, 5)
-    return lambda x, t: gk.mse_loss(x, t, weight=weight), (draw.normal(rows, 5), draw.normal(rows, 5))
+def _regression(loss: Callable[..., Tensor], weighted: bool = False, **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        fixed = {"weight": draw.positive(rows, 5)} if weighted else {}
+        return lambda x, t: loss(x, t, **fixed, **options), (draw.normal(rows, 5), draw.normal(rows, 5))
+
+    return make
+
+
+def _likelihood(draw: Draw, rows: int, *shared: int, **options: Any) -> Problem:
+    # By log-variances, so that no step away from them makes a variance negative.
+    tensors = draw.normal(rows, 5), draw.normal(rows, 5), draw.normal(*shared or (rows, 5))
+    return lambda x, t, logvar: gk.gaussian_nll_loss(x, t, logvar.exp(), **options), tensors
 
 
 def _examples() -> Iterator[Example]:
@@ -201,7 +210,13 @@ def _examples() -> Iterator[Example]:
     # The bounds lie away from every element, sample and log-variance that is drawn.
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
-    yield Example("weighted mean", "mse_loss", _squared_error)
+    loss = "gaussian_nll_loss"
+    yield Example("with the constant", loss, lambda draw, rows: _likelihood(draw, rows, full=True))
+    yield Example("one variance a row", loss, lambda draw, rows: _likelihood(draw, rows, rows, 1, reduction="none"))
+    yield Example("weighted mean", "mse_loss", _regression(gk.mse_loss, weighted=True))
+    yield Example("weighted mean", "l1_loss", _regression(gk.l1_loss, weighted=True))
+    yield Example("per element", "smooth_l1_loss", _regression(gk.smooth_l1_loss, beta=1.5, reduction="none"))
+    yield Example("weighted mean", "huber_loss", _regression(gk.huber_loss, weighted=True, delta=0.7))
 
 
 EXAMPLES = tuple(_examples())

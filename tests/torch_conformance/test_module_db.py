@@ -17,6 +17,10 @@ COUNTS = {
     "NLLLoss": (28, 2),
     "BCEWithLogitsLoss": (6, 1),
     "MSELoss": (8, 1),
+    "L1Loss": (5, 1),
+    "SmoothL1Loss": (8, 1),
+    "HuberLoss": (4, 1),
+    "GaussianNLLLoss": (5, 1),
 }
 
 pytestmark = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="other versions have other inputs")

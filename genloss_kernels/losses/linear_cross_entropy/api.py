@@ -15,10 +15,11 @@ from ..cross_entropy import api as cross_entropy_api
 from ..cross_entropy import reference
 from ..cross_entropy.api import CrossEntropyStats, cross_entropy
 from ..cross_entropy.reference import Options
+from . import options as options_module
 from .chunks import Head, mean_divisor
 from .flops import register_formulas
 from .op import LinearCrossEntropyRows, Needed, ReducedLinearCrossEntropy, by_reference, mask_of
-from .options import WHOLE_BATCH, LinearCrossEntropyOptions, rows_at_a_time
+from .options import LinearCrossEntropyOptions, check_options, rows_at_a_time
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
 LOGITS_BELOW = 2**16
@@ -51,7 +52,8 @@ def linear_cross_entropy(
         y = x W^\top + b, \qquad \ell = \mathrm{cross\_entropy}(y, t)
 
     For ``mean`` and ``sum`` the gradients are made in the forward, while a chunk's logits exist: 6 N V D operations in all.
-    For ``none`` and for statistics the backward computes the logits again: 8 N V D.
+    For ``none``, for statistics and in fp16, whose gradients are too small until they are multiplied by the loss scale, the
+    backward computes the logits again: 8 N V D.
 
     Args:
         input: hidden states, shape (D), (N, D) or (..., D); fp32, fp16, bf16 or fp64.
@@ -112,6 +114,7 @@ def linear_cross_entropy(
     """
     if not torch.compiler.is_compiling():
         register_formulas()
+    check_options(options)
     target = index_target(target)
     loss_options: dict[str, Any] = {
         "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "divisor": divisor, "return_stats": return_stats,
@@ -169,7 +172,7 @@ def linear_cross_entropy(
         return_stats,
     )
     flat, linear_weight, linear_bias = _autocast(flat, linear_weight, linear_bias)
-    dtype = loss_dtype(input.dtype, input.device)
+    dtype = loss_dtype(torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype, input.device)
     if getattr(options, "gather_rows", False) and not probabilities:
         flat, target, row_weight, kept = _gather(flat, target, row_weight, ignore_index)
     else:
@@ -185,10 +188,18 @@ def linear_cross_entropy(
     return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
 
 
+def makes_gradients(formula: Options, dtype: torch.dtype) -> bool:
+    """Whether a mean or sum makes its gradients in the forward.
+
+    In fp16 they would be too small before a loss scale is known, and are made in the backward.
+    """
+    return formula.reduction != Reduction.NONE and not formula.stats and dtype != torch.float16
+
+
 def _logits_are_best(input: Tensor, linear_weight: Tensor, target: Tensor) -> bool:
-    if input.device.type != "cpu" or not 0 < input.size(0) <= WHOLE_BATCH or not backend.plain(input, linear_weight, target):
+    if input.device.type != "cpu" or not backend.plain(input, linear_weight, target):
         return False
-    return input.size(0) * linear_weight.size(0) < LOGITS_BELOW
+    return 0 < input.size(0) <= options_module.WHOLE_BATCH and input.size(0) * linear_weight.size(0) < LOGITS_BELOW
 
 
 def _by_logits(
@@ -216,8 +227,8 @@ def _by_logits(
     if isinstance(result, Tensor):
         return result.reshape(shape) if reduction == "none" else result
     loss = result.loss.reshape(shape) if reduction == "none" else result.loss
-    rows = (row.reshape(shape) for row in (result.lse, result.log_prob, result.entropy))
-    return CrossEntropyStats(loss, *rows, result.n_valid, result.n_correct)
+    lse, log_prob, entropy = (row.reshape(shape) for row in (result.lse, result.log_prob, result.entropy))
+    return CrossEntropyStats(loss, lse, log_prob, entropy, result.n_valid, result.n_correct)
 
 
 def _compute(
@@ -233,12 +244,10 @@ def _compute(
         loss, rows = by_reference(head, formula)
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
-    n_rows, n_classes = head.input.size(0), head.linear_weight.size(0)
-    most = rows_at_a_time(
-        options, n_rows, n_classes, head.input.element_size(), head.input.device, buffers=1 if triton else 2
-    )
+    n_classes = head.linear_weight.size(0)
+    most = rows_at_a_time(options, n_classes, head.input.element_size(), head.input.device, buffers=1 if triton else 2)
     row_weight = None if head.row_weight is None else head.row_weight.contiguous()
-    if formula.reduction != Reduction.NONE and not formula.stats and not weights_learn and any(needed):
+    if makes_gradients(formula, head.input.dtype) and not weights_learn and any(needed):
         loss, *_ = autograd.apply(
             ReducedLinearCrossEntropy, *head._replace(row_weight=row_weight), *formula[:6], int(formula.reduction), most,
             mask_of(needed), dtype, triton,

@@ -13,6 +13,7 @@ from ...core.scratch import Scratch
 from ..cross_entropy import op as cross_entropy
 from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
+from . import options as chunking
 
 
 class Head(NamedTuple):
@@ -52,7 +53,12 @@ class Rows(NamedTuple):
 
 
 def equal_chunks(n_rows: int, most: int) -> Iterator[slice]:
-    """Chunks of at most ``most`` rows, as equal as can be: a short last one would multiply as slowly as a full one."""
+    """Chunks of at most ``most`` rows, as equal as can be: a short last one would multiply as slowly as a full one.
+
+    Never the whole of a batch that is longer than 256 rows.
+    """
+    if n_rows > chunking.WHOLE_BATCH:
+        most = min(most, -(-n_rows // 2))
     count = max(1, -(-n_rows // most))
     size = -(-n_rows // count) if n_rows else 0
     for start in range(0, n_rows, max(1, size)):
@@ -110,9 +116,10 @@ def forward(head: Head, options: Options, most: int, *, triton: bool) -> Rows:
         for chunk in _chunks(head, head.ignored(options), most, Scratch())
     ]
     if not results:
-        empty = head.input.new_empty(0, dtype=acc)
-        zero = torch.zeros((), dtype=torch.int64, device=head.input.device)
-        return Rows(empty, empty, empty, empty, zero, zero, empty)
+        # Tensors of their own: an operator's results may not share one.
+        loss, lse, log_prob, entropy, saved = (head.input.new_empty(0, dtype=acc) for _ in range(5))
+        n_valid, n_correct = (torch.zeros((), dtype=torch.int64, device=head.input.device) for _ in range(2))
+        return Rows(loss, lse, log_prob, entropy, n_valid, n_correct, saved)
     loss, lse, log_prob, entropy, n_valid, n_correct, saved, _ = zip(*results, strict=True)
     counts = [torch.stack(n).sum() if options.stats else n[0] for n in (n_valid, n_correct)]
     rows_of = [torch.cat(part) for part in (loss, lse, log_prob, entropy)]

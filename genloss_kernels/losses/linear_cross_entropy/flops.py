@@ -42,4 +42,4 @@ def register_formulas() -> None:
         counter.register_flop_formula(operator)(formula)
     found = {operator: counter.flop_registry[operator] for operator in formulas}
     for mode in _get_current_dispatch_mode_stack():
-        getattr(mode, "flop_registry", {}).update(found)
+        getattr(getattr(mode, "counter", mode), "flop_registry", {}).update(found)

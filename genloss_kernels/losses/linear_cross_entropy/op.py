@@ -213,7 +213,7 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
             options = _options(ctx.scalars[:6], ctx.scalars[6])
             return (*_differentiable_gradients(Head(*tensors), options, (grad,), needed), *nothing)
         if stored:
-            return (*_kept(tuple(g * grad.to(g.dtype) for g in stored), needed), *nothing)
+            return (*_kept(tuple(g * grad for g in stored), needed), *nothing)
         made, ctx.made = ctx.made, None
         if made is None:
             _, *made = _reduced_forward(*tensors, *ctx.scalars)

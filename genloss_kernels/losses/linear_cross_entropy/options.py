@@ -65,8 +65,13 @@ class LinearCrossEntropyOptions:
         checks.flag("gather_rows", self.gather_rows)
 
 
-def rows_at_a_time(options: Any, n_rows: int, n_classes: int, itemsize: int, device: torch.device, *, buffers: int) -> int:
-    """Rows of a chunk, from torch's options or ours: never the whole of a batch that is longer than 256 rows."""
+def check_options(options: Any) -> None:
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"options must be a LinearCrossEntropyOptions, torch's or ours, not {type(options).__name__}")
+
+
+def rows_at_a_time(options: Any, n_classes: int, itemsize: int, device: torch.device, *, buffers: int) -> int:
+    """Most rows of a chunk, from torch's options or ours."""
     size = getattr(options, "batch_chunk_size", None)
     budget = getattr(options, "memory_budget", None)
     if size is None:
@@ -78,4 +83,4 @@ def rows_at_a_time(options: Any, n_rows: int, n_classes: int, itemsize: int, dev
                     f"memory_budget of {budget} bytes is too small for one row of {n_classes} logits: {row} bytes"
                 )
             size = budget // row
-    return size if n_rows <= WHOLE_BATCH else min(size, -(-n_rows // 2))
+    return size

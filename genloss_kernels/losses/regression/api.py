@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
-from .reference import MSE, torch_mse_loss
+from . import reference
+
+# Below this many elements on a CPU weighted losses cost less by plain operators with autograd than over blocks.
+PLAIN_BELOW = 2**18
 
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
@@ -62,27 +66,223 @@ def mse_loss(
     """
     reduction = parse_reduction(reduction, size_average, reduce)
     _check(input, target, weight, reduction)
+    return _loss(reference.MSE, reference.torch_mse_loss, input, target, weight, reduction, weighted_mean=True)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Absolute error.
+
+    .. math::
+        \ell = w \, |x - t|
+
+    Args:
+        input: predictions of any shape; fp32, fp16, bf16 or fp64.
+        target: targets, floating point, in the shape of the input (other shapes broadcast, with torch's warning).
+        size_average: deprecated, see ``reduction``.
+        reduce: deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. With a weight, ``mean`` divides by the sum of the weights.
+        weight: factor of each element's loss, in the shape of the input.
+
+    Returns:
+        0-d tensor for ``mean`` and ``sum``, the broadcast shape for ``none``; in the dtype to which the operands promote
+        (fp32 under autocast).
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: unknown reduction, or a weight that differs from the input in shape.
+        RuntimeError: shapes that do not broadcast, or devices that differ.
+        NotImplementedError: an operand is not real floating point.
+
+    Numerics:
+        Arithmetic in fp32, fp64 for fp64. The gradient is 0 where input and target are equal, and at NaN. ``mean`` over no
+        element is NaN and ``sum`` 0.
+
+    Differs from torch:
+        Integer and complex tensors raise.
+
+    Source:
+        Boscovich, "De litteraria expeditione", 1757: least absolute deviations.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.l1_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))
+        tensor(2.)
+    """
+    reduction = parse_reduction(reduction, size_average, reduce)
+    _check(input, target, weight, reduction)
+    return _loss(reference.L1, reference.torch_l1_loss, input, target, weight, reduction, weighted_mean=True)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    r"""Absolute error that is rounded off to a square near 0.
+
+    .. math::
+        \ell = \begin{cases} (x - t)^2 / (2 \beta) & |x - t| < \beta \\ |x - t| - \beta / 2 & \text{else} \end{cases}
+
+    Args:
+        input: predictions of any shape; fp32, fp16, bf16 or fp64.
+        target: targets, floating point, in the shape of the input (other shapes broadcast, with torch's warning).
+        size_average: deprecated, see ``reduction``.
+        reduce: deprecated, see ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        beta: error at which the square becomes linear; not negative. 0 is :func:`l1_loss`.
+
+    Returns:
+        0-d tensor for ``mean`` and ``sum``, the broadcast shape for ``none``; in the dtype to which the operands promote
+        (fp32 under autocast).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: unknown reduction.
+        RuntimeError: a negative ``beta``, shapes that do not broadcast, or devices that differ.
+        NotImplementedError: an operand is not real floating point.
+
+    Numerics:
+        Arithmetic in fp32, fp64 for fp64. ``mean`` over no element is NaN and ``sum`` 0.
+
+    Differs from torch:
+        Integer tensors raise, and ``beta`` is a number, not a tensor.
+
+    Source:
+        Girshick, "Fast R-CNN", 2015, equation 3, with a threshold.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.smooth_l1_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), beta=2.0)
+        tensor(1.1250)
+    """
+    reduction = parse_reduction(reduction, size_average, reduce)
+    _check(input, target, None, reduction)
+    checks.number("beta", beta)
+    if not beta >= 0.0:
+        raise RuntimeError(f"beta must not be negative, got {beta}")
+    if beta == 0.0:
+        return _loss(reference.L1, reference.torch_l1_loss, input, target, None, reduction)
+    scalars = (float(beta), 1.0, 1.0 / beta)
+    builtin = reference.torch_smooth_l1_loss
+    return _loss(reference.SMOOTH_L1, builtin, input, target, None, reduction, scalars, beta=float(beta))
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared error that grows linearly from a threshold on.
+
+    .. math::
+        \ell = w \begin{cases} (x - t)^2 / 2 & |x - t| < \delta \\ \delta \, (|x - t| - \delta / 2) & \text{else} \end{cases}
+
+    Args:
+        input: predictions of any shape; fp32, fp16, bf16 or fp64.
+        target: targets, floating point, in the shape of the input (other shapes broadcast, with torch's warning).
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. ``mean`` divides by the number of elements, with a weight too.
+        delta: error at which the square becomes linear; positive.
+        weight: factor of each element's loss, in the shape of the input.
+
+    Returns:
+        0-d tensor for ``mean`` and ``sum``, the broadcast shape for ``none``; in the dtype to which the operands promote
+        (fp32 under autocast).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: unknown reduction, or a weight that differs from the input in shape.
+        RuntimeError: a ``delta`` that is not positive, shapes that do not broadcast, or devices that differ.
+        NotImplementedError: an operand is not real floating point.
+
+    Numerics:
+        Arithmetic in fp32, fp64 for fp64. ``mean`` over no element is NaN and ``sum`` 0.
+
+    Differs from torch:
+        Integer tensors raise, and ``delta`` is a number, not a tensor.
+
+    Source:
+        Huber, "Robust Estimation of a Location Parameter", 1964, section 1.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.huber_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]), delta=2.0)
+        tensor(2.2500)
+    """
+    _check(input, target, weight, reduction)
+    checks.number("delta", delta)
+    if not delta > 0.0:
+        raise RuntimeError(f"delta must be positive, got {delta}")
+    scalars = (float(delta), float(delta), 1.0)
+    builtin = reference.torch_huber_loss
+    return _loss(reference.HUBER, builtin, input, target, weight, reduction, scalars, delta=float(delta))
+
+
+def _loss(
+    name: str,
+    builtin: Callable[..., Tensor],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    scalars: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    *,
+    weighted_mean: bool = False,
+    **options: float,
+) -> Tensor:
+    """The loss on its path; ``weighted_mean`` says that the mean divides by the sum of the weights.
+
+    Weights are never left to the built-in: that of ``l1_loss`` loses them under ``torch.compile`` in torch 2.13.
+    """
     triton = backend.use_triton(input, target, weight)
-    if not triton and input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64):
-        return torch_mse_loss(input, target, reduction=reduction, weight=weight)  # pyright: ignore[reportCallIssue]
+    if not triton and weight is None and _builtin_is_best(input, target):
+        return builtin(input, target, reduction=reduction, **options)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    result = loss_dtype(dtype, input.device)
+    result, arithmetic = loss_dtype(dtype, input.device), accumulator(dtype)
     tensors = (input, target, weight, None)
-    weighted = reduction == "mean" and weight is not None
+    by_weights = weighted_mean and reduction == "mean" and weight is not None
+    # An infinite scalar would turn what it does not apply to into NaN.
+    largest = torch.finfo(arithmetic).max
     loss = elementwise_op.apply(
-        MSE,
+        name,
         tensors,
         None,
-        (0.0, 0.0, 0.0),
+        (min(scalars[0], largest), min(scalars[1], largest), min(scalars[2], largest)),
         0,
-        Reduction.SUM if weighted else _REDUCTIONS[reduction],
-        accumulator(dtype) if weighted else result,
+        Reduction.SUM if by_weights else _REDUCTIONS[reduction],
+        arithmetic if by_weights else result,
         triton=triton,
-        by_reference=not triton and backend.composite(*tensors),
+        by_reference=not triton and (_plain_is_best(input, weight) or backend.composite(*tensors)),
     )
-    return (loss / weight.sum(dtype=loss.dtype)).to(result) if weighted and weight is not None else loss
+    return (loss / weight.sum(dtype=loss.dtype)).to(result) if by_weights and weight is not None else loss
+
+
+def _builtin_is_best(input: Tensor, target: Tensor) -> bool:
+    """On a CPU, where nothing is to be converted or, with a warning that was given already, broadcast."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.float64)
+        and input.dtype == target.dtype
+        and input.shape == target.shape
+    )
+
+
+def _plain_is_best(input: Tensor, weight: Tensor | None) -> bool:
+    small = input.device.type == "cpu" and input.numel() < PLAIN_BELOW
+    return weight is not None and small and not torch.compiler.is_compiling()
 
 
 def _check(input: Any, target: Any, weight: Any, reduction: Any) -> None:

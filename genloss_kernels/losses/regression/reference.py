@@ -1,20 +1,56 @@
-"""The regression losses in plain PyTorch."""
+"""The regression losses in plain PyTorch: references, and the eager path's formulas on blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.elementwise import arithmetic
-from ...core.elementwise_op import Scalars, by_reference, register_formulas
+from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.scratch import Scratch
 
-MSE = "mse_loss"
+MSE, L1, SMOOTH_L1, HUBER = "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"
+
+torch_mse_loss = torch.nn.functional.mse_loss
+torch_l1_loss = torch.nn.functional.l1_loss
+torch_smooth_l1_loss = torch.nn.functional.smooth_l1_loss
+torch_huber_loss = torch.nn.functional.huber_loss
 
 
-def mse(x: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int) -> Tensor:
+def _difference(x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
     dtype = arithmetic((x, t, weight))
-    square = (x.to(dtype) - t.to(dtype)).square()
-    return square if weight is None else square * weight.to(dtype)
+    return x.to(dtype) - t.to(dtype)
+
+
+def _wide(x: Tensor, t: Tensor, weight: Tensor | None) -> Sequence[Tensor]:
+    """Input and target in the dtype of arithmetic and in one shape, as the built-ins need them."""
+    dtype = arithmetic((x, t, weight))
+    return torch.broadcast_tensors(x.to(dtype), t.to(dtype))
+
+
+def _weighted(value: Tensor, weight: Tensor | None) -> Tensor:
+    return value if weight is None else value * weight.to(value.dtype)
+
+
+def mse(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+    return _weighted(_difference(x, t, weight).square(), weight)
+
+
+def l1(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+    return _weighted(_difference(x, t, weight).abs(), weight)
+
+
+def smooth_l1(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+    x, t = _wide(x, t, weight)
+    return _weighted(torch_smooth_l1_loss(x, t, reduction="none", beta=scalars[0]), weight)
+
+
+def huber(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
+    x, t = _wide(x, t, weight)
+    return _weighted(torch_huber_loss(x, t, reduction="none", delta=scalars[0]), weight)
 
 
 def _mse_kernels() -> tuple[object, object]:
@@ -23,6 +59,91 @@ def _mse_kernels() -> tuple[object, object]:
     return kernels.mse_value, kernels.mse_gradient
 
 
-torch_mse_loss = torch.nn.functional.mse_loss
+def _l1_kernels() -> tuple[object, object]:
+    from . import kernels
 
-register_formulas(MSE, by_reference(_mse_kernels, mse))
+    return kernels.l1_value, kernels.l1_gradient
+
+
+def _huber_kernels() -> tuple[object, object]:
+    from . import kernels
+
+    return kernels.huber_value, kernels.huber_gradient
+
+
+def _mse_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
+    return torch.mul(difference, 2.0, out=out)
+
+
+def _l1_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
+    return torch.sign(difference, out=out)
+
+
+def _huber_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
+    threshold, _, curvature = scalars
+    return torch.clamp(difference, -threshold, threshold, out=out).mul_(curvature)
+
+
+def _formulas(
+    kernels: Callable[[], tuple[Any, Any]],
+    reference: Callable[..., Tensor],
+    slope: Callable[[Tensor, Scalars, Tensor], Tensor],
+) -> Formulas:
+    """Formulas of a loss of the difference whose ``slope`` is its derivative; each block is converted once each way."""
+
+    def cast(x: Tensor, t: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        dtype = arithmetic((x, t, weight))
+        return scratch.cast("x", x, dtype), scratch.cast("t", t, dtype)
+
+    def value(
+        x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int, scratch: Scratch
+    ) -> Tensor:
+        return reference(*cast(x, t, weight, scratch), weight, None, scalars, flags)
+
+    def total(
+        x: Tensor,
+        t: Tensor,
+        weight: Tensor | None,
+        _: Tensor | None,
+        scalars: Scalars,
+        flags: int,
+        scratch: Scratch,
+        saved: Sequence[Tensor] = (),
+    ) -> Tensor:
+        return value(x, t, weight, None, scalars, flags, scratch).sum()
+
+    def gradient(
+        x: Tensor,
+        t: Tensor,
+        weight: Tensor | None,
+        _: Tensor | None,
+        scalars: Scalars,
+        flags: int,
+        scratch: Scratch,
+        grad: Tensor | float,
+        outputs: Sequence[Tensor | None],
+        saved: Sequence[Tensor] = (),
+    ) -> None:
+        dx, dt, dweight, _ = outputs
+        x, t = cast(x, t, weight, scratch)
+        if dweight is not None:
+            torch.mul(reference(x, t, None, None, scalars, flags), grad, out=dweight)
+        first = dx if dx is not None else dt
+        if first is None:
+            return
+        difference = torch.sub(x, t, out=scratch.take("difference", x.shape, x.dtype, x.device))
+        slope(difference, scalars, first).mul_(grad)
+        if weight is not None:
+            first.mul_(weight)
+        if dx is None:
+            first.neg_()
+        elif dt is not None:
+            torch.neg(first, out=dt)
+
+    return Formulas(kernels, reference, value, total, gradient)
+
+
+register_formulas(MSE, _formulas(_mse_kernels, mse, _mse_slope))
+register_formulas(L1, _formulas(_l1_kernels, l1, _l1_slope))
+register_formulas(SMOOTH_L1, _formulas(_huber_kernels, smooth_l1, _huber_slope))
+register_formulas(HUBER, _formulas(_huber_kernels, huber, _huber_slope))

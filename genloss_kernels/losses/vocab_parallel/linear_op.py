@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator
+from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
 from ..linear_cross_entropy.chunks import Gradients
 from ..linear_cross_entropy.chunks import Head as LinearHead
@@ -190,13 +191,12 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         needed, group = ctx.scalars[8], ctx.scalars[-1]
         tensors, stored = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if stored:
-            made = tuple(g * grad.to(g.dtype) for g in stored)
+            made = tuple(g * grad for g in stored)
         else:
             made, ctx.made = ctx.made, None
             if made is None:
                 _, *made = _reduced_forward(*tensors, *ctx.scalars)
-            for g in made:
-                g.mul_(grad.to(g.dtype))
+            scale_(made, grad, triton=ctx.scalars[10])
         return *_finished(tuple(made), needed, group, ctx.reduce_input_grad), *nothing
 
 

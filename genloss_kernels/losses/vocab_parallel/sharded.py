@@ -109,9 +109,7 @@ def linear_cross_entropy(
     if getattr(options, "gather_rows", False) and not probabilities:
         flat, target, row_weight, kept = linear_api._gather(flat, target, row_weight, ignore_index)
     # Every rank must cut the batch alike, so that a budget is that of the largest shard.
-    most = rows_at_a_time(
-        options, flat.size(0), max(layout.sizes), flat.element_size(), flat.device, buffers=1 if triton else 2
-    )
+    most = rows_at_a_time(options, max(layout.sizes), flat.element_size(), flat.device, buffers=1 if triton else 2)
     head = LinearHead(flat, linear_weight, linear_bias, target, weight, row_weight, divisor)
     loss, stats = _compute(head, formula, layout, shard.reduce_input_grad, most, dtype, triton=triton)
     if reduction == "none":
@@ -137,7 +135,7 @@ def _compute(
     needed = tuple(grad and t is not None and t.requires_grad for t in head[:3])
     weights_learn = grad and any(t is not None and t.requires_grad for t in (head.row_weight, head.divisor))
     plain = _plain(layout)
-    if formula.reduction != Reduction.NONE and not formula.stats and not weights_learn and any(needed):
+    if linear_api.makes_gradients(formula, head.input.dtype) and not weights_learn and any(needed):
         loss, *_ = autograd.apply(
             ReducedVocabParallelLinear, *head, *formula[:6], int(formula.reduction), most, mask_of(needed), dtype, triton,
             *plain, reduce_input_grad,

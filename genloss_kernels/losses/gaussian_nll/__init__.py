@@ -1,0 +1,1 @@
+"""Negative log-likelihood of a Gaussian with predicted mean and variance."""
