@@ -575,7 +575,7 @@ def test_known_failure_loss_scale(path: str) -> None:
 
 
 def test_upstream_gradient_is_not_rounded() -> None:
-    """1.0039 is 1 in bfloat16, and would be so for the whole gradient. Triton's interpreter stores less exactly than that."""
+    """1.0039 is 1 in bfloat16, and would be so for the whole gradient. Triton's interpreter stores less exactly."""
     given = _in(torch.bfloat16, _labels(bias=False, reduction="sum"))
     leaf = given["linear_weight"].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):  # whose loss is fp32
