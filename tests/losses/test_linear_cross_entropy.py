@@ -488,6 +488,14 @@ def test_operations_are_counted(reduction: str, products: int, compiled: bool) -
         assert counter.get_total_flops() == 2 * 20 * 300 * 12 * (products - fewer)
 
 
+def test_exported_with_parameters(path: str) -> None:
+    module = gk.LinearCrossEntropyLoss(12, 300, z_loss=0.01)
+    given = _labels()
+    arguments = given["input"], given["target"]
+    exported = torch.export.export(module, arguments).module()
+    torch.testing.assert_close(exported(*arguments), module(*arguments))
+
+
 def test_module(path: str) -> None:
     module = gk.LinearCrossEntropyLoss(12, 300, bias=True, weight=torch.rand(300) + 0.5, z_loss=0.01)
     assert isinstance(module, getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module))
@@ -508,6 +516,13 @@ def test_fused_head(path: str) -> None:
     loss = head(given["input"], given["target"], z_loss=0.01)
     direct = {"linear_weight": linear.weight, "linear_bias": linear.bias, "softcap": 3.0, "z_loss": 0.01}
     assert torch.equal(loss, gk.linear_cross_entropy(**given | direct))
+    with pytest.raises(TypeError, match=r"torch.nn.Linear, not Embedding"):
+        gk.FusedLMHead.from_linear(torch.nn.Embedding(3, 4))  # pyright: ignore[reportArgumentType]
+    assert not gk.FusedLMHead.from_linear(linear.eval()).training
+    weighted = gk.FusedLMHead.from_linear(linear.double(), weight=torch.rand(300) + 0.5).double()
+    wide = _in(torch.float64, given)
+    direct = {"linear_weight": linear.weight, "linear_bias": linear.bias, "weight": weighted.class_weight}
+    assert torch.equal(weighted(wide["input"], wide["target"]), gk.linear_cross_entropy(**wide | direct))
     with pytest.raises(TypeError, match="soft_cap"):
         gk.FusedLMHead(3, 4, soft_cap=1.0)
 
