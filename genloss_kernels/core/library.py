@@ -23,13 +23,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name, _, arguments = schema.partition("(")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def below_autograd(*args: Any) -> Any:
-        # An exported program calls the operator with parameters that require gradients.
-        with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*args)
-
-    _library.impl(name, below_autograd, "CompositeExplicitAutograd")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genloss::{name}", fake, lib=_library)
     operator = getattr(torch.ops.genloss, name).default
     places = [
