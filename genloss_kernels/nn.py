@@ -205,13 +205,16 @@ class LinearCrossEntropyLoss(_TorchLinearCrossEntropyLoss):
 class FusedLMHead(torch.nn.Linear):
     """A language model's head: logits without a target, the loss with one, and then the logits never exist.
 
+    The logits are the layer's own, without the loss's scale and softcap.
+
     Args:
         in_features: width of the hidden states.
         out_features: size of the vocabulary.
         bias: whether the head has one.
         device: of the parameters.
         dtype: of the parameters.
-        loss_options: keywords of :func:`genloss_kernels.linear_cross_entropy`.
+        loss_options: keywords of :func:`genloss_kernels.linear_cross_entropy`; ``weight`` becomes the buffer
+            ``class_weight``.
 
     Example:
         >>> import torch, genloss_kernels as gk
@@ -235,19 +238,23 @@ class FusedLMHead(torch.nn.Linear):
         if unknown:
             raise TypeError(f"{', '.join(sorted(unknown))}: not among the loss options {', '.join(sorted(_LINEAR_OPTIONS))}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        # A buffer, so that it moves and is cast with the parameters.
+        self.register_buffer("class_weight", loss_options.pop("weight", None))
         self.loss_options = loss_options
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, **loss_options: Any) -> FusedLMHead:
         """A head that shares the parameters of ``linear``, so that an optimizer or a tied embedding goes on as before."""
+        if not isinstance(linear, torch.nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, not {type(linear).__name__}")
         head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", **loss_options)
         head.weight, head.bias = linear.weight, linear.bias
-        return head
+        return head.train(linear.training)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **loss_options: Any) -> Any:
         if target is None:
             return super().forward(input)
-        options = self.loss_options | loss_options
+        options = {"weight": self.class_weight} | self.loss_options | loss_options
         return F.linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
 
 

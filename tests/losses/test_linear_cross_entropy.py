@@ -506,6 +506,13 @@ def test_fused_head(path: str) -> None:
     loss = head(given["input"], given["target"], z_loss=0.01)
     direct = {"linear_weight": linear.weight, "linear_bias": linear.bias, "softcap": 3.0, "z_loss": 0.01}
     assert torch.equal(loss, gk.linear_cross_entropy(**given | direct))
+    with pytest.raises(TypeError, match=r"torch.nn.Linear, not Embedding"):
+        gk.FusedLMHead.from_linear(torch.nn.Embedding(3, 4))  # pyright: ignore[reportArgumentType]
+    assert not gk.FusedLMHead.from_linear(linear.eval()).training
+    weighted = gk.FusedLMHead.from_linear(linear.double(), weight=torch.rand(300) + 0.5).double()
+    wide = _in(torch.float64, given)
+    direct = {"linear_weight": linear.weight, "linear_bias": linear.bias, "weight": weighted.class_weight}
+    assert torch.equal(weighted(wide["input"], wide["target"]), gk.linear_cross_entropy(**wide | direct))
     with pytest.raises(TypeError, match="soft_cap"):
         gk.FusedLMHead(3, 4, soft_cap=1.0)
 

@@ -99,9 +99,10 @@ def cross_entropy(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: unknown reduction, batch sizes that differ, a softcap that is not positive, a divisor without ``mean``,
-            or ``inplace_backward`` on a leaf, expanded or overlapping input.
-        RuntimeError: shapes, dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1], a negative z-loss.
+        ValueError: unknown reduction, batch sizes that differ, a softcap that is not positive, a negative z-loss, a divisor
+            without ``mean``, a row weight of another shape, or ``inplace_backward`` on a leaf, expanded or overlapping
+            input.
+        RuntimeError: shapes, dtypes or devices that do not fit, ``label_smoothing`` outside [0, 1].
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss and a gradient of NaN.
 

@@ -245,7 +245,7 @@ def _compute(
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
     n_classes = head.linear_weight.size(0)
-    most = rows_at_a_time(options, n_classes, head.input.element_size(), head.input.device, buffers=1 if triton else 2)
+    most = rows_at_a_time(options, n_classes, head.input, triton=triton)
     row_weight = None if head.row_weight is None else head.row_weight.contiguous()
     if makes_gradients(formula, head.input.dtype) and not weights_learn and any(needed):
         loss, *_ = autograd.apply(

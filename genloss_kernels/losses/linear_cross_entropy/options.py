@@ -70,8 +70,12 @@ def check_options(options: Any) -> None:
         raise TypeError(f"options must be a LinearCrossEntropyOptions, torch's or ours, not {type(options).__name__}")
 
 
-def rows_at_a_time(options: Any, n_classes: int, itemsize: int, device: torch.device, *, buffers: int) -> int:
+def rows_at_a_time(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> int:
     """Most rows of a chunk, from torch's options or ours."""
+    device, itemsize = input.device, input.element_size()
+    # The kernels write the gradient over the logits. Operators have both, and of half precision a copy of the gradient in
+    # fp32, for the product that is summed in fp32.
+    buffers = 1 if triton else 2 if itemsize > 2 else 4
     size = getattr(options, "batch_chunk_size", None)
     budget = getattr(options, "memory_budget", None)
     if size is None:

@@ -109,7 +109,7 @@ def linear_cross_entropy(
     if getattr(options, "gather_rows", False) and not probabilities:
         flat, target, row_weight, kept = linear_api._gather(flat, target, row_weight, ignore_index)
     # Every rank must cut the batch alike, so that a budget is that of the largest shard.
-    most = rows_at_a_time(options, max(layout.sizes), flat.element_size(), flat.device, buffers=1 if triton else 2)
+    most = rows_at_a_time(options, max(layout.sizes), flat, triton=triton)
     head = LinearHead(flat, linear_weight, linear_bias, target, weight, row_weight, divisor)
     loss, stats = _compute(head, formula, layout, shard.reduce_input_grad, most, dtype, triton=triton)
     if reduction == "none":
