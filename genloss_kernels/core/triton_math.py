@@ -24,7 +24,7 @@ def scalar(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def log1p_unit(z):
-    """log(1 + z) for z in [0, 1], to the last digits at small z, with one special function in fp32.
+    """log(1 + z) for z in [-1/2, 1], to the last digits at small z, with one special function in fp32.
 
     There 2 atanh(s) at s = z / (2 + z), by a weighted least-squares fit of atanh(s) / s in s^2 on [0, 1/9], relative error
     4.5e-9 before rounding.
