@@ -134,7 +134,12 @@ def composite(*tensors: torch.Tensor | None) -> bool:
     """Whether the eager path must be made of operators that every transform sees through: under all of ``torch.func``."""
     if torch.compiler.is_compiling():
         return False
-    return _functorch.peek_interpreter_stack() is not None or transformed(*tensors)
+    return functional() or transformed(*tensors)
+
+
+def functional() -> bool:
+    """Whether a transform of ``torch.func`` is at work, which differentiates every gradient again."""
+    return _functorch.peek_interpreter_stack() is not None
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import (
+    _AutoDispatchBelowAutograd,  # pyright: ignore[reportAttributeAccessIssue]
+    _len_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -22,8 +25,14 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     small loss, and serves ``torch.compile``, modes, transforms and subclasses of tensors.
     """
     name, _, arguments = schema.partition("(")
+
+    def dispatched(*args: Any) -> Any:
+        # An exported program may call operators above autograd, where tensors that require a gradient take no out=.
+        with _AutoDispatchBelowAutograd():
+            return implementation(*args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genloss::{name}", fake, lib=_library)
     operator = getattr(torch.ops.genloss, name).default
     places = [

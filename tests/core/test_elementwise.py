@@ -146,7 +146,7 @@ def test_empty_walk() -> None:
 )
 def test_grid(shape, itemsize, by_sample, expected, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "ELEMENTWISE_TILES", {2: Tile(2048, 4), 4: Tile(1024, 4), 8: Tile(512, 4)})
-    grid = elementwise._grid(torch.Size(shape), itemsize, by_sample=by_sample)
+    grid = elementwise.grid_for(torch.Size(shape), itemsize, by_sample=by_sample)
     assert (grid.programs, grid.block, grid.chunk, grid.sample_size, grid.segments) == expected
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -389,16 +391,49 @@ def under_autocast(ranks: Ranks) -> None:
 
 @case
 def modules_hold_a_shard(ranks: Ranks) -> None:
-    """And are copied with it."""
+    """And are copied and pickled with it."""
     torch.manual_seed(1)
     shard, target, hidden, head = part(ranks), labels(), torch.randn(N, D), torch.randn(V, D)
     linear = torch.nn.Linear(D, shard.shard.size or 0, bias=False)
     linear.weight = torch.nn.Parameter(head[shard.classes])
     fused = gk.FusedLMHead.from_linear(linear, vocab_shard=shard.shard)
     wanted = gk.linear_cross_entropy(hidden, head, target)
-    torch.testing.assert_close(copy.deepcopy(fused)(hidden, target), wanted)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(other(hidden, target), wanted)
     logits = hidden @ head.t()
     torch.testing.assert_close(gk.CrossEntropyLoss(vocab_shard=shard.shard)(logits[:, shard.classes], target), wanted)
+
+
+@case
+def a_shard_of_another_group_is_not_loaded(ranks: Ranks) -> None:
+    state = pickle.dumps(part(ranks).shard)
+    renamed = state.replace(ranks.group.group_name.encode(), b"?" * len(ranks.group.group_name))
+    assert renamed != state
+    with pytest.raises(RuntimeError, match="which is not here: make its groups as they were"):
+        pickle.loads(renamed)
+
+
+@case
+def ranks_that_disagree(ranks: Ranks) -> None:
+    """Under GENLOSS_DEBUG=1 every rank says in what, where they would hang."""
+    if ranks.size == 1:
+        return
+    shard, hidden, head = part(ranks), torch.randn(N, D), torch.randn(V, D)
+    first = ranks.rank == 0
+    weight = head[shard.classes].requires_grad_(first)
+    logits = hidden @ head[shard.classes].t().detach()
+    os.environ["GENLOSS_DEBUG"] = "1"
+    try:
+        for name, run in {
+            "rows": lambda: gk.cross_entropy(logits[first:], labels(N)[first:], vocab_shard=shard.shard),
+            "z_loss": lambda: gk.cross_entropy(logits, labels(N), z_loss=0.1 * first, vocab_shard=shard.shard),
+            "gradients wanted": lambda: gk.linear_cross_entropy(hidden, weight, labels(N), vocab_shard=shard.shard),
+        }.items():
+            with pytest.raises(ValueError, match=f"the ranks' calls differ in {name}"):
+                run()
+        gk.cross_entropy(logits, labels(N), vocab_shard=shard.shard)
+    finally:
+        del os.environ["GENLOSS_DEBUG"]
 
 
 @case

@@ -379,7 +379,7 @@ class ComputesItself(LlamaForCausalLM):
     [
         (capped_head, "CapsInside, not a linear layer", None),
         (replaced_forward, "forward of its output layer has been replaced", None),
-        (output_hook, "loss differs", None),
+        (output_hook, "a hook changes the output", None),
         (capping_hook, "differs by .* with logits enlarged", None),
         (input_hook, "a hook changes the input", None),
         (own_loss, "does more to its logits", "does not compute its loss by model.loss_function"),
@@ -394,6 +394,21 @@ def test_model_that_cannot_be_proven_equal_is_refused(change: Callable[..., None
     else:
         refused(model, "logits", logits)
         refused(model, "auto", f"(?s){fused}.*{logits}")
+
+
+def doubling_hook(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output.mul_(2.0) if output.dim() == 0 else None)
+
+
+@pytest.mark.parametrize("hook", [output_hook, doubling_hook, input_hook])
+def test_known_failure_hook_on_the_output_layer_of_a_patched_model(hook: Callable[..., None]) -> None:
+    """It would act on the loss, where it used to act on the logits."""
+    model = build("llama").train()
+    patch(model, "fused")
+    hook(model)
+    tokens = torch.randint(model.config.vocab_size, (1, 8))
+    with pytest.raises(RuntimeError, match="a hook changes the (in|out)put of the output layer, which only mode='logits'"):
+        model(input_ids=tokens, labels=tokens)
 
 
 def test_models_of_transformers_that_do_more_to_their_logits() -> None:

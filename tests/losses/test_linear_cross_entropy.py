@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -272,6 +272,34 @@ def test_second_derivatives_of_the_kernels() -> None:
         check_second_derivatives(gk.linear_cross_entropy, _oracle, _labels(7, 11), LAYER)
 
 
+def _largest_allocation(run: Callable[[], Any]) -> int:
+    """In bytes, by one operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("transform", ["create_graph", "func.grad"])
+def test_further_derivatives_never_hold_all_logits(transform: str, reduction: str) -> None:
+    n_rows, n_classes = 512, 1000
+    given = _labels(n_rows, n_classes, 2, bias=False, reduction=reduction)
+    target, leaves = given["target"], tuple(given[name].requires_grad_() for name in LAYER[:2])
+    options = gk.LinearCrossEntropyOptions(batch_chunk_size=32)
+
+    def loss(input: Tensor, linear_weight: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(input, linear_weight, target, reduction=reduction, options=options).sum()
+
+    def run() -> None:
+        if transform == "func.grad":
+            torch.func.grad(loss, (0, 1))(*(leaf.detach() for leaf in leaves))
+        else:
+            slopes = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+            torch.autograd.grad(sum(s.square().sum() for s in slopes), leaves)
+
+    assert 32 * n_classes * 4 <= _largest_allocation(run) < n_rows * n_classes * 4 / 8
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inputs_are_unchanged(path: str, kind: str, reduction: str) -> None:
@@ -351,6 +379,17 @@ def test_gathered_rows(path: str, reduction: str, logits_rows: list[int]) -> Non
     whole = gk.linear_cross_entropy(**given, return_stats=True)
     gk.testing.assert_close(stats.lse, whole.lse.double())
     assert stats.n_valid == whole.n_valid
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_rows_are_not_gathered_where_their_number_may_not_be_known() -> None:
+    given, options = _labels(bias=False), gk.LinearCrossEntropyOptions(gather_rows=True)
+    x, w, target = given["input"], given["linear_weight"], given["target"]
+    wanted = gk.linear_cross_entropy(x, w, target)
+    compiled = torch.compile(gk.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w, target, options=options), wanted)
+    twice = torch.func.vmap(lambda rows, labels: gk.linear_cross_entropy(rows, w, labels, options=options))
+    torch.testing.assert_close(twice(torch.stack([x, x]), torch.stack([target, target])), torch.stack([wanted, wanted]))
 
 
 def test_chunk_size_does_not_change_the_result(path: str) -> None:
@@ -564,6 +603,28 @@ def test_known_failure_weight_gradient_summed_in_half_precision(path: str) -> No
         gradients.append(grad.double())
     many, one = gradients
     assert (many - one).norm() <= 2.0**-9 * one.norm()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_dtype_of_accumulation(path: str, reduction: str) -> None:
+    """Sums of two chunks that nearly cancel show in which dtype they were added."""
+    given = _in(torch.bfloat16, _labels(64, 300, bias=False, reduction=reduction)) | {"target": torch.full((64,), 7)}
+    errors = []
+    for acc_dtype in (None, torch.float32, torch.bfloat16):
+        leaf = given["linear_weight"].detach().requires_grad_()
+        options = gk.LinearCrossEntropyOptions(batch_chunk_size=2, acc_dtype=acc_dtype)
+        (found,) = torch.autograd.grad(
+            gk.linear_cross_entropy(**given | {"linear_weight": leaf}, options=options).sum(), leaf
+        )
+        wide = {**_in(torch.float64, given), "linear_weight": leaf.detach().double().requires_grad_()}
+        (wanted,) = torch.autograd.grad(_oracle(**wide).sum(), wide["linear_weight"])
+        errors.append(float((found.double() - wanted).norm() / wanted.norm()))
+    assert errors[0] == errors[1]
+    assert errors[2] > 1.5 * errors[0]
+    for asked in (torch.float64, torch.float16):
+        options = gk.LinearCrossEntropyOptions(acc_dtype=asked)
+        with pytest.raises(RuntimeError, match=r"acc_dtype must be torch.bfloat16 or torch.float32"):
+            gk.linear_cross_entropy(**given, options=options)
 
 
 def test_known_failure_loss_scale(path: str) -> None:

@@ -31,7 +31,16 @@ class LossCall:
         if self.n_classes is not None:
             weight, bias = weight[: self.n_classes], None if bias is None else bias[: self.n_classes]
         with loss_in_float32(input):
-            return F.linear_cross_entropy(input, weight, self.target, linear_bias=bias, **self.options)  # pyright: ignore[reportReturnType]
+            loss: Any = F.linear_cross_entropy(input, weight, self.target, linear_bias=bias, **self.options)
+        self._made = loss, loss._version
+        return loss
+
+    def check(self, loss: Tensor) -> Tensor:
+        """``loss`` as it came out of the layer's hooks, which would act on logits."""
+        made, version = self._made
+        if not torch.compiler.is_compiling() and (loss.data_ptr() != made.data_ptr() or loss._version != version):
+            raise RuntimeError("a hook changes the output of the output layer, which only mode='logits' allows")
+        return loss
 
 
 class DeferredLogits:
@@ -82,7 +91,8 @@ class DeferredLogits:
             "softcap": self._outer if self._tanh else None,
             "logit_scale": self._inner * self._outer,
         }
-        return self._head(hidden, LossCall(target, hidden, self._n_classes, options))
+        call = LossCall(target, hidden, self._n_classes, options)
+        return call.check(self._head(hidden, call))
 
     @property
     def shape(self) -> torch.Size:

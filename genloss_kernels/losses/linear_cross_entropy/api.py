@@ -17,9 +17,11 @@ from ..cross_entropy.api import CrossEntropyStats, cross_entropy
 from ..cross_entropy.reference import Options
 from . import options as options_module
 from .chunks import Head, mean_divisor
+from .derivatives import by_reference
 from .flops import register_formulas
-from .op import LinearCrossEntropyRows, Needed, ReducedLinearCrossEntropy, by_reference, mask_of
-from .options import LinearCrossEntropyOptions, check_options, rows_at_a_time
+from .functions import LinearCrossEntropyRows, ReducedLinearCrossEntropy
+from .op import Needed, mask_of
+from .options import LinearCrossEntropyOptions, accumulation, check_options, rows_at_a_time
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
 LOGITS_BELOW = 2**16
@@ -173,10 +175,9 @@ def linear_cross_entropy(
     )
     flat, linear_weight, linear_bias = _autocast(flat, linear_weight, linear_bias)
     dtype = loss_dtype(torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype, input.device)
-    if getattr(options, "gather_rows", False) and not probabilities:
+    kept = None
+    if gathers(options, flat, target):
         flat, target, row_weight, kept = _gather(flat, target, row_weight, ignore_index)
-    else:
-        kept = None
     head = Head(flat, linear_weight, linear_bias, target, weight, row_weight, tensor_divisor)
     loss, stats = _compute(head, formula, options, dtype, triton=triton)
     if reduction == "none":
@@ -240,22 +241,24 @@ def _compute(
     class_weight_learns = grad and head.weight is not None and head.weight.requires_grad
     if class_weight_learns and triton and backend.current() == "triton":
         raise RuntimeError("backend 'triton' has no kernel for the gradient of weight: use backend 'auto' or 'eager'")
-    if class_weight_learns or (not triton and backend.composite(*head)):
+    if class_weight_learns or backend.transformed(*head):
         loss, rows = by_reference(head, formula)
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
     n_classes = head.linear_weight.size(0)
     most = rows_at_a_time(options, n_classes, head.input, triton=triton)
+    sum_dtype = accumulation(options, head.input.dtype)
     row_weight = None if head.row_weight is None else head.row_weight.contiguous()
-    if makes_gradients(formula, head.input.dtype) and not weights_learn and any(needed):
+    in_forward = makes_gradients(formula, head.input.dtype) and not backend.functional()
+    if in_forward and not weights_learn and any(needed):
         loss, *_ = autograd.apply(
             ReducedLinearCrossEntropy, *head._replace(row_weight=row_weight), *formula[:6], int(formula.reduction), most,
-            mask_of(needed), dtype, triton,
+            sum_dtype, mask_of(needed), dtype, triton,
         )  # fmt: skip
         return loss, ()
     result = autograd.apply(
         LinearCrossEntropyRows, *tensors, head.weight, None if weights_learn else row_weight,
-        *formula[:5], formula.stats, most, triton, mask_of(needed),
+        *formula[:5], formula.stats, most, sum_dtype, mask_of(needed), triton,
     )  # fmt: skip
     loss, stats = result[0], result[1:6]
     if weights_learn:
@@ -288,6 +291,12 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(first.device.type)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def gathers(options: Any, input: Tensor, target: Tensor) -> bool:
+    """Whether ignored rows are dropped: not where a compiler or a transform would have to know how many there are."""
+    wanted = getattr(options, "gather_rows", False) and not target.is_floating_point()
+    return wanted and not torch.compiler.is_compiling() and not backend.composite(input, target)
 
 
 def _gather(

@@ -127,11 +127,10 @@ def forward(head: Head, options: Options, most: int, *, triton: bool) -> Rows:
 
 
 class _Sums:
-    """Gradients under construction: those of the linear layer are summed over chunks in the dtype of arithmetic."""
+    """Gradients under construction: those of the linear layer are summed over chunks in ``acc``."""
 
-    def __init__(self, head: Head, needed: tuple[bool, bool, bool, bool]) -> None:
+    def __init__(self, head: Head, needed: tuple[bool, bool, bool, bool], acc: torch.dtype) -> None:
         need_input, need_weight, need_bias, need_target = needed
-        acc = accumulator(head.input.dtype)
         # Without rows there is no first product to write these.
         make = torch.empty_like if head.input.size(0) else torch.zeros_like
         bias = head.linear_bias if need_bias else None
@@ -183,7 +182,7 @@ def _grad_logits(chunk: _Chunk, sums: _Sums, scratch: Scratch, *, triton: bool) 
 
 
 def forward_with_gradients(
-    head: Head, options: Options, most: int, needed: tuple[bool, bool, bool, bool], *, triton: bool
+    head: Head, options: Options, most: int, needed: tuple[bool, bool, bool, bool], sum_dtype: torch.dtype, *, triton: bool
 ) -> tuple[Tensor, Tensor | None, Gradients]:
     """Losses of the rows, what their mean divides by unless that is a number, and the gradients of their mean or sum.
 
@@ -195,7 +194,7 @@ def forward_with_gradients(
         divisor = mean_divisor(head, ignored)
     of_chunk = options._replace(reduction=Reduction.SUM)
     one = torch.ones((), dtype=acc, device=head.input.device)
-    losses, sums, scratch = [], _Sums(head, needed), Scratch()
+    losses, sums, scratch = [], _Sums(head, needed, sum_dtype), Scratch()
     for chunk in _chunks(head, ignored, most, scratch):
         grad_logits = _grad_logits(chunk, sums, scratch, triton=triton)
         loss = cross_entropy.loss_and_gradient(
@@ -210,11 +209,11 @@ def forward_with_gradients(
 
 
 def backward(
-    head: Head, options: Options, most: int, needed: tuple[bool, bool, bool, bool],
+    head: Head, options: Options, most: int, needed: tuple[bool, bool, bool, bool], sum_dtype: torch.dtype,
     saved: Tensor, entropy: Tensor, grads: tuple[Tensor | None, ...], *, triton: bool,
 ) -> Gradients:  # fmt: skip
     """Gradients from those of the rows' losses and statistics; the logits are computed again."""
-    sums, scratch = _Sums(head, needed), Scratch()
+    sums, scratch = _Sums(head, needed, sum_dtype), Scratch()
     for chunk in _chunks(head, head.ignored(options), most, scratch):
         grad_logits = _grad_logits(chunk, sums, scratch, triton=triton)
         cross_entropy.write_gradients(

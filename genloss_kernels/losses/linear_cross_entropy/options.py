@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...core import checks
+from ...core.reduction import accumulator
 
 # Rows at a time. On a GPU fewer would read the whole weight and write its gradient too often for the products to hide it;
 # on a CPU more would not be faster, and takes more memory.
@@ -27,9 +28,9 @@ class LinearCrossEntropyOptions:
         allow_retain_graph: accepted for torch's sake; a second backward always works.
         batch_chunk_size: rows of logits at a time.
         chunking_method: torch's ``"auto"``, ``"aspect_ratio"``, ``"aspect_ratio:N"`` or None; validated, and a hint only.
-        acc_policy: torch's ``"auto"``, ``"accurate"``, ``"balanced"`` or ``"compact"``; validated, and a hint only: the
-            gradient of the weight always accumulates in fp32.
-        acc_dtype: dtype of accumulation; fp32 (fp64 for fp64) whatever half precision is asked for.
+        acc_policy: torch's ``"auto"``, ``"accurate"``, ``"balanced"`` or ``"compact"``; validated, and a hint only.
+        acc_dtype: dtype in which the gradients of weight and bias are summed over chunks: fp32 (fp64 for fp64) if None. Half
+            precision takes its own dtype too, which halves that sum's memory and rounds it once a chunk.
         memory_budget: bytes that a chunk's logits and their gradient may take; chooses the rows of a chunk.
         gather_rows: drop the ignored rows before the products, at the price of one synchronisation with the device.
 
@@ -68,6 +69,16 @@ class LinearCrossEntropyOptions:
 def check_options(options: Any) -> None:
     if options is not None and not hasattr(options, "batch_chunk_size"):
         raise TypeError(f"options must be a LinearCrossEntropyOptions, torch's or ours, not {type(options).__name__}")
+
+
+def accumulation(options: Any, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which the gradients of the layer are summed over chunks, for a product in ``dtype``."""
+    widest = accumulator(dtype)
+    chosen = getattr(options, "acc_dtype", None) or widest
+    if chosen not in (dtype, widest):
+        choices = f"{dtype} or {widest}" if dtype != widest else str(dtype)
+        raise RuntimeError(f"acc_dtype must be {choices} where logits are of {dtype}, got {chosen}")
+    return chosen
 
 
 def rows_at_a_time(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> int:

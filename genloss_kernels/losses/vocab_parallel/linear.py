@@ -45,12 +45,12 @@ def forward(head: chunks.Head, options: Options, layout: Layout, most: int, *, t
 
 
 def backward(
-    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, gathered: Tensor,
+    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, sum_dtype: torch.dtype, gathered: Tensor,
     grads: tuple[Tensor | None, ...], *, triton: bool,
 ) -> Gradients:  # fmt: skip
     """This rank's gradients, from those of the rows' losses and statistics; the logits are computed again."""
     whole = whole_head(head, options, layout)
-    sums, scratch = chunks._Sums(head, needed), Scratch()
+    sums, scratch = chunks._Sums(head, needed, sum_dtype), Scratch()
     for chunk in chunks._chunks(head, head.ignored(options), most, scratch):
         part = tuple(None if g is None else g[chunk.rows] for g in grads)
         _add(sums, chunk, _rows_of(whole, chunk.rows), gathered[..., chunk.rows], part, scratch, triton=triton)
@@ -58,7 +58,7 @@ def backward(
 
 
 def forward_with_gradients(
-    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, *, triton: bool
+    head: chunks.Head, options: Options, layout: Layout, most: int, needed: Needed, sum_dtype: torch.dtype, *, triton: bool
 ) -> tuple[Tensor, Gradients]:
     """The mean or the sum, and this rank's gradients of it: each chunk's logits are computed, and exchanged for, once."""
     whole = whole_head(head, options._replace(reduction=Reduction.NONE, divisor=None), layout)
@@ -67,7 +67,7 @@ def forward_with_gradients(
     factor, normalizer, _ = weighted(torch.ones_like(head.input[:, 0], dtype=acc), head, options, layout)
     total = reference.reduce(torch.ones((), dtype=acc, device=head.input.device), normalizer, head.divisor, options)
     factor = factor * total
-    losses, sums, scratch = [factor.new_empty(0)], chunks._Sums(head, needed), Scratch()
+    losses, sums, scratch = [factor.new_empty(0)], chunks._Sums(head, needed, sum_dtype), Scratch()
     for chunk in chunks._chunks(head, head.ignored(options), most, scratch):
         part = _rows_of(whole, chunk.rows)
         here = local.statistics(chunk.logits, part, triton=triton)

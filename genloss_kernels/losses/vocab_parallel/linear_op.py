@@ -13,6 +13,7 @@ from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
 from ..linear_cross_entropy.chunks import Gradients
 from ..linear_cross_entropy.chunks import Head as LinearHead
+from ..linear_cross_entropy.op import linear_cross_entropy_connected
 from . import collectives, linear, merge
 from .op import FORMULA, GRADIENTS, LAYOUT, NO_SECOND, RESULTS, fake_results, results, visible
 from .shard import Layout
@@ -47,15 +48,15 @@ def _reduced_forward(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
     row_weight: Tensor | None, divisor: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
-    fixed_divisor: float | None, reduction: int, most: int, needed: int, dtype: torch.dtype, triton: bool,
-    starts: list[int], sizes: list[int], rank: int, group: str,
+    fixed_divisor: float | None, reduction: int, most: int, sum_dtype: torch.dtype, needed: int, dtype: torch.dtype,
+    triton: bool, starts: list[int], sizes: list[int], rank: int, group: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     head = LinearHead(input, linear_weight, linear_bias, target, weight, row_weight, divisor)
     options = Options(
         ignore_index, label_smoothing, softcap, logit_scale, z_loss, fixed_divisor, Reduction(reduction), False
     )
     layout = _layout(starts, sizes, rank, group)
-    loss, gradients = linear.forward_with_gradients(head, options, layout, most, _needed(needed), triton=triton)
+    loss, gradients = linear.forward_with_gradients(head, options, layout, most, _needed(needed), sum_dtype, triton=triton)
     return loss.to(dtype), *_three(gradients, input)
 
 
@@ -95,13 +96,14 @@ def _rows_backward(
     gathered: Tensor,
     grad_loss: Tensor | None, grad_lse: Tensor | None, grad_log_prob: Tensor | None, grad_entropy: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
-    stats: bool, most: int, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str, needed: int,
+    stats: bool, most: int, sum_dtype: torch.dtype, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str,
+    needed: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     head = LinearHead(input, linear_weight, linear_bias, target, weight, None, None)
     options = Options(ignore_index, label_smoothing, softcap, logit_scale, z_loss, reduction=Reduction.NONE, stats=stats)
     grads = (grad_loss, grad_lse, grad_log_prob, grad_entropy)
     layout = _layout(starts, sizes, rank, group)
-    gradients = linear.backward(head, options, layout, most, _needed(needed), gathered, grads, triton=triton)
+    gradients = linear.backward(head, options, layout, most, _needed(needed), sum_dtype, gathered, grads, triton=triton)
     return _three(gradients, input)
 
 
@@ -123,7 +125,8 @@ _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,
 
 vocab_parallel_linear_reduced = register(
     f"vocab_parallel_linear_reduced({_HEAD}, Tensor? row_weight, Tensor? divisor, {FORMULA}, float? fixed_divisor,"
-    f" int reduction, int most, int needed, ScalarType dtype, bool triton, {LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" int reduction, int most, ScalarType sum_dtype, int needed, ScalarType dtype, bool triton, {LAYOUT})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _reduced_forward,
     _reduced_forward_fake,
 )
@@ -134,7 +137,7 @@ vocab_parallel_linear_rows = register(
 )
 vocab_parallel_linear_rows_backward = register(
     f"vocab_parallel_linear_rows_backward({_HEAD}, Tensor gathered, {GRADIENTS}, {FORMULA}, bool stats,"
-    f" int most, bool triton, {LAYOUT}, int needed) -> (Tensor, Tensor, Tensor)",
+    f" int most, ScalarType sum_dtype, bool triton, {LAYOUT}, int needed) -> (Tensor, Tensor, Tensor)",
     _rows_backward,
     _rows_backward_fake,
 )
@@ -160,13 +163,13 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
         row_weight: Tensor | None, divisor: Tensor | None,
         ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
-        fixed_divisor: float | None, reduction: int, most: int, needed: int, dtype: torch.dtype, triton: bool,
-        starts: list[int], sizes: list[int], rank: int, group: str, reduce_input_grad: bool,
+        fixed_divisor: float | None, reduction: int, most: int, sum_dtype: torch.dtype, needed: int, dtype: torch.dtype,
+        triton: bool, starts: list[int], sizes: list[int], rank: int, group: str, reduce_input_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         tensors = (input, linear_weight, linear_bias, target, weight, row_weight, divisor)
         return visible(vocab_parallel_linear_reduced, _reduced_forward, *tensors)(
-            *tensors, ignore_index, label_smoothing, softcap, logit_scale, z_loss, fixed_divisor, reduction, most, needed,
-            dtype, triton, starts, sizes, rank, group,
+            *tensors, ignore_index, label_smoothing, softcap, logit_scale, z_loss, fixed_divisor, reduction, most, sum_dtype,
+            needed, dtype, triton, starts, sizes, rank, group,
         )  # fmt: skip
 
     @staticmethod
@@ -188,15 +191,16 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
             return None, None, None, *nothing
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
-        needed, group = ctx.scalars[8], ctx.scalars[-1]
+        needed, triton, group = ctx.scalars[9], ctx.scalars[11], ctx.scalars[-1]
         tensors, stored = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if stored:
+            grad = linear_cross_entropy_connected(grad, *tensors[:4])
             made = tuple(g * grad for g in stored)
         else:
             made, ctx.made = ctx.made, None
             if made is None:
                 _, *made = _reduced_forward(*tensors, *ctx.scalars)
-            scale_(made, grad, triton=ctx.scalars[10])
+            scale_(made, grad, triton=triton)
         return *_finished(tuple(made), needed, group, ctx.reduce_input_grad), *nothing
 
 
@@ -207,8 +211,8 @@ class VocabParallelLinearRows(torch.autograd.Function):
     def forward(
         input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
         ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
-        stats: bool, most: int, triton: bool, starts: list[int], sizes: list[int], rank: int, group: str,
-        needed: int, reduce_input_grad: bool,
+        stats: bool, most: int, sum_dtype: torch.dtype, triton: bool,
+        starts: list[int], sizes: list[int], rank: int, group: str, needed: int, reduce_input_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         tensors = (input, linear_weight, linear_bias, target, weight)
         return visible(vocab_parallel_linear_rows, _rows_forward, *tensors)(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +44,11 @@ class VocabShard:
     classes. Shards may be uneven and empty, and ranks may hold them in any order, as long as each class is held once.
 
     The first use of a shard given by its start asks every rank of the group for its start and size, and waits for them;
-    later uses, :meth:`even` and :meth:`from_dtensor` know them.
+    later uses, :meth:`even` and :meth:`from_dtensor` know them. A module that holds a shard may be pickled, and loaded where
+    the same process groups exist.
+
+    As for every collective, all ranks must make the same calls, with as many rows and the same options: others hang, or
+    abort. Under ``GENLOSS_DEBUG=1`` each call first compares them, and raises ValueError on every rank.
 
     Args:
         start: index of this rank's first class, at least 0.
@@ -170,7 +173,27 @@ class VocabShard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VocabShard:
         # A module that holds one is copied, and its process group cannot be.
-        return copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The group itself cannot be pickled; its name finds it again where the same groups were made.
+        return self.__dict__ | {"group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _process_group(None)
+        try:
+            group = dist.distributed_c10d._resolve_process_group(self._name)
+        except (RuntimeError, KeyError, ValueError):
+            group = None
+        if group is None or (dist.get_rank(group), dist.get_world_size(group)) != (self._rank, self._ranks):
+            raise RuntimeError(
+                f"vocab_shard was rank {self._rank} of {self._ranks} in the process group {self._name!r}, which is not "
+                "here: make its groups as they were before loading, or give the module a new VocabShard"
+            )
+        self.group = group
 
     def __repr__(self) -> str:
         return f"VocabShard(start={self.start}, size={self.size}, rank={self._rank} of {self._ranks})"

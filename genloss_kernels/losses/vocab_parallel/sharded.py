@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ..cross_entropy.api import CrossEntropyStats
 from ..cross_entropy.reference import Options
 from ..linear_cross_entropy import api as linear_api
 from ..linear_cross_entropy.chunks import Head as LinearHead
-from ..linear_cross_entropy.options import rows_at_a_time
-from . import linear
+from ..linear_cross_entropy.options import accumulation, rows_at_a_time
+from . import collectives, linear
 from .linear_op import ReducedVocabParallelLinear, VocabParallelLinearRows, mask_of
 from .op import VocabParallelCrossEntropy
 from .shard import Layout, VocabShard
@@ -49,6 +50,7 @@ def cross_entropy(
     layout = shard._fitting("input", input.size(dim), input.device)
     _check(input, dim, target, weight, ignore_index, reduction, label_smoothing, row_weight, layout, loss_options)
     formula, divisor = _formula(ignore_index, label_smoothing, reduction, loss_options)
+    _compare(layout, formula, target, input)
     triton = backend.use_triton(input, target, weight, row_weight)
     single = input.dim() == 1
     if single:
@@ -102,16 +104,18 @@ def linear_cross_entropy(
     row_weight = linear_api._flat_row_weight(row_weight, rows_shape)
     _check(flat, 1, target, weight, ignore_index, reduction, label_smoothing, row_weight, layout, loss_options)
     formula, divisor = _formula(ignore_index, label_smoothing, reduction, loss_options)
+    _compare(layout, formula, target, flat, linear_weight, linear_bias)
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     flat, linear_weight, linear_bias = linear_api._autocast(flat, linear_weight, linear_bias)
     dtype = loss_dtype(input.dtype, input.device)
     kept = None
-    if getattr(options, "gather_rows", False) and not probabilities:
+    if linear_api.gathers(options, flat, target):
         flat, target, row_weight, kept = linear_api._gather(flat, target, row_weight, ignore_index)
     # Every rank must cut the batch alike, so that a budget is that of the largest shard.
     most = rows_at_a_time(options, max(layout.sizes), flat, triton=triton)
+    sum_dtype = accumulation(options, flat.dtype)
     head = LinearHead(flat, linear_weight, linear_bias, target, weight, row_weight, divisor)
-    loss, stats = _compute(head, formula, layout, shard.reduce_input_grad, most, dtype, triton=triton)
+    loss, stats = _compute(head, formula, layout, shard.reduce_input_grad, most, sum_dtype, dtype, triton=triton)
     if reduction == "none":
         loss = linear_api._spread(loss, kept, rows_shape)
     if not formula.stats:
@@ -127,6 +131,7 @@ def _compute(
     layout: Layout,
     reduce_input_grad: bool,
     most: int,
+    sum_dtype: torch.dtype,
     dtype: torch.dtype,
     *,
     triton: bool,
@@ -137,12 +142,12 @@ def _compute(
     plain = _plain(layout)
     if linear_api.makes_gradients(formula, head.input.dtype) and not weights_learn and any(needed):
         loss, *_ = autograd.apply(
-            ReducedVocabParallelLinear, *head, *formula[:6], int(formula.reduction), most, mask_of(needed), dtype, triton,
-            *plain, reduce_input_grad,
+            ReducedVocabParallelLinear, *head, *formula[:6], int(formula.reduction), most, sum_dtype, mask_of(needed), dtype,
+            triton, *plain, reduce_input_grad,
         )  # fmt: skip
         return loss, ()
     loss, lse, log_prob, entropy, correct, *_ = autograd.apply(
-        VocabParallelLinearRows, *head[:5], *formula[:5], formula.stats, most, triton, *plain, mask_of(needed),
+        VocabParallelLinearRows, *head[:5], *formula[:5], formula.stats, most, sum_dtype, triton, *plain, mask_of(needed),
         reduce_input_grad,
     )  # fmt: skip
     loss, normalizer, valid = linear.weighted(loss, head, formula, layout)
@@ -209,6 +214,23 @@ def _check(
             checks.no_gradient(name, tensor)
     if not target.is_floating_point():
         checks.class_indices(target, layout.vocab_size, ignore_index)
+
+
+def _compare(layout: Layout, formula: Options, target: Tensor, *learning: Tensor | None) -> None:
+    """Under ``GENLOSS_DEBUG=1``, raise on every rank where the ranks' calls differ, which would hang or abort."""
+    if not backend.debug() or torch.compiler.is_compiling():
+        return
+    grad = torch.is_grad_enabled()
+    asked: dict[str, Any] = {
+        "rows": target.numel() // (layout.vocab_size if target.is_floating_point() else 1),
+        "gradients wanted": sum((grad and t is not None and t.requires_grad) << k for k, t in enumerate(learning)),
+        **{name: getattr(formula, name) for name in formula._fields if name != "divisor"},
+    }
+    own = torch.tensor([math.nan if v is None else float(v) for v in asked.values()], dtype=torch.float64)
+    everyone = collectives.all_gather(own.nan_to_num(-1.0).to(target.device), layout.ranks, layout.group).tolist()
+    for name, values in zip(asked, zip(*everyone, strict=True), strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"vocab_shard: the ranks' calls differ in {name}, which in their order is {values}")
 
 
 def _formula(
