@@ -260,7 +260,7 @@ class FusedLMHead(torch.nn.Linear):
     def forward(self, input: Tensor, target: Tensor | None = None, **loss_options: Any) -> Any:
         if target is None:
             return super().forward(input)
-        options = {"weight": self.class_weight} | self.loss_options | loss_options
+        options: dict[str, Any] = {"weight": self.class_weight} | self.loss_options | loss_options
         return F.linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
 
 

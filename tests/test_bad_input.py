@@ -127,12 +127,14 @@ def _cross_entropy() -> Iterator[Row]:
         for value in ("1", True, torch.tensor(3.0), [1.0], *([] if positive else [None])):
             yield Row(CE, {name: value}, TypeError, f"{name} must be a number, not")
     # Values at which nothing is asked for must be of the right type, too.
+    for name in ("logit_scale", "z_loss", "divisor"):
+        for value in (math.nan, math.inf):
+            yield Row(CE, {name: value}, ValueError, f"{name} must be finite")
     yield Row(CE, {"logit_scale": torch.tensor(1.0)}, TypeError, "logit_scale must be a number, not")
     yield Row(CE, {"z_loss": torch.tensor(0.0)}, TypeError, "z_loss must be a number, not")
     for value in (0.0, -1.0, math.nan):
         yield Row(CE, {"softcap": value}, ValueError, "softcap must be positive and finite, got")
-    for value in (-1.0, math.nan):
-        yield Row(CE, {"z_loss": value}, ValueError, "z_loss must not be negative, got")
+    yield Row(CE, {"z_loss": -1.0}, ValueError, "z_loss must not be negative, got")
     for shape in ((3,), (4, 1), (), (5,)):
         yield Row(CE, {"row_weight": _ones(*shape)}, ValueError, r"row_weight must have the shape \[4\]")
     yield Row(CE, {"row_weight": [1.0] * 4}, TypeError, "row_weight must be a Tensor, not")

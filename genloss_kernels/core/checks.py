@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -37,6 +38,13 @@ def one_of(name: str, value: Any, accepted: Collection[str]) -> None:
 def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+
+
+def finite(name: str, value: Any) -> None:
+    number(name, value)
+    # By comparisons, which a compiler traces.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def integer(name: str, value: Any) -> None:

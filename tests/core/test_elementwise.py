@@ -162,8 +162,8 @@ def test_dtype_of_arithmetic() -> None:
     mask = torch.ones(1, dtype=torch.bool)
     assert elementwise.arithmetic([half, None, mask]) == torch.float32
     assert elementwise.arithmetic([half, double]) == torch.float64
-    assert elementwise._itemsize([half, None, mask]) == 2
-    assert elementwise._itemsize([half, double]) == 8
+    assert elementwise.widest([half, None, mask]) == 2
+    assert elementwise.widest([half, double]) == 8
 
 
 @pytest.mark.interpreter

@@ -149,6 +149,9 @@ def test_nothing_but_ignored_labels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"labels": [1, 2]}, TypeError, "labels must be a Tensor, not list"),
+        ({"logits": 5}, TypeError, "logits must be a Tensor, not int"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must hold one number"),
         ({"labels": None}, TypeError, "labels or shift_labels"),
         ({"labels": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"shape \[2, 5\]"),
         ({"labels": None, "shift_labels": torch.zeros(9, dtype=torch.int64)}, ValueError, r"shape \[2, 5\]"),
@@ -158,7 +161,7 @@ def test_nothing_but_ignored_labels() -> None:
 )
 def test_bad_input_to_the_loss_function(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        causal_lm_loss(torch.zeros(2, 5, 11), **arguments)
+        causal_lm_loss(**{"logits": torch.zeros(2, 5, 11), "labels": torch.zeros(2, 5, dtype=torch.int64)} | arguments)
 
 
 # --- what the model does to its logits --------------------------------------------------------------------------------
@@ -407,7 +410,7 @@ def test_known_failure_hook_on_the_output_layer_of_a_patched_model(hook: Callabl
     patch(model, "fused")
     hook(model)
     tokens = torch.randint(model.config.vocab_size, (1, 8))
-    with pytest.raises(RuntimeError, match="a hook changes the (in|out)put of the output layer, which only mode='logits'"):
+    with pytest.raises(RuntimeError, match=r"a hook changes the (in|out)put of the output layer, which only mode='logits'"):
         model(input_ids=tokens, labels=tokens)
 
 

@@ -442,7 +442,7 @@ def test_same_bits_every_time(path: str) -> None:
 def test_nothing_is_kept_where_nothing_learns() -> None:
     x = torch.randn(4, 5)
     learning = x.clone().requires_grad_()
-    kept = elementwise_op._saves
+    kept = elementwise_op.savable
     assert kept("gaussian_kl", (x, learning, None, None), 0, reducing.Reduction.SUM) == 1
     assert kept("gaussian_kl", (x, learning, x, x), api.GENERAL, reducing.Reduction.MEAN) == 2
     assert kept("gaussian_kl", (x, x, None, None), 0, reducing.Reduction.SUM) == 0

@@ -42,8 +42,9 @@ def causal_lm_loss(
         0-d tensor, fp32 for half precision too; fp64 for fp64.
 
     Raises:
-        ValueError: logits whose last dimension is not ``vocab_size``, or labels of another shape than the logits' rows.
-        TypeError: neither ``labels`` nor ``shift_labels``.
+        ValueError: logits whose last dimension is not ``vocab_size``, labels of another shape than the logits' rows, or a
+            ``num_items_in_batch`` of several numbers.
+        TypeError: neither ``labels`` nor ``shift_labels``, or an argument that is no tensor.
         IndexError: a label out of range, as in :func:`genloss_kernels.cross_entropy`.
 
     Numerics:
@@ -58,6 +59,9 @@ def causal_lm_loss(
         >>> round(loss.item(), 4)
         1.3863
     """
+    for name, value in (("logits", logits), ("labels", labels), ("shift_labels", shift_labels)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(value).__name__}")
     target = next_tokens(logits.shape[:-1], labels, shift_labels, ignore_index)
     check_vocab_size(logits.size(-1), vocab_size)
     target, divisor = target.to(logits.device), as_divisor(num_items_in_batch, logits.device)
@@ -97,6 +101,10 @@ def check_vocab_size(n_classes: int, vocab_size: int | None) -> None:
 def as_divisor(num_items_in_batch: int | float | Tensor | None, device: torch.device) -> int | float | Tensor | None:
     if isinstance(num_items_in_batch, Tensor):
         # DataParallel hands each replica a tensor of shape (1,).
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch must hold one number, got shape {list(num_items_in_batch.shape)}: sum it first"
+            )
         return num_items_in_batch.to(device).reshape(())
     return num_items_in_batch
 

@@ -147,8 +147,8 @@ def cross_entropy(
             softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, divisor=divisor, return_stats=return_stats,
         )  # fmt: skip
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    checks.number("logit_scale", logit_scale)
-    checks.number("z_loss", z_loss)
+    checks.finite("logit_scale", logit_scale)
+    checks.finite("z_loss", z_loss)
     checks.flag("inplace_backward", inplace_backward)
     plain = (
         softcap is None
@@ -334,8 +334,8 @@ def check(
 ) -> None:
     """Every check that needs the shape of the logits and not the logits."""
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    checks.number("logit_scale", logit_scale)
-    checks.number("z_loss", z_loss)
+    checks.finite("logit_scale", logit_scale)
+    checks.finite("z_loss", z_loss)
     _check_extras(input, target, softcap, z_loss, row_weight, divisor, reduction, return_stats)
 
 
@@ -376,7 +376,7 @@ def _check_extras(
             raise TypeError(f"divisor must be a real number or 0-d tensor, got {divisor.dtype}")
         checks.same_device("divisor", divisor, input)
     else:
-        checks.number("divisor", divisor)
+        checks.finite("divisor", divisor)
 
 
 def _rows_shape(input: Tensor) -> torch.Size:

@@ -83,7 +83,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: unknown reduction, or a ``memory_budget`` too small for one row.
+        ValueError: unknown reduction, batch sizes that differ, a number that is not finite, or a ``memory_budget`` too
+            small for one row.
         RuntimeError: shapes, dtypes or devices that do not fit; an empty ``linear_weight``, as of parameters sharded away.
         IndexError: a class index out of range, on the CPU, or on a GPU under ``GENLOSS_DEBUG=1``. Without that a GPU gives
             the row a loss of NaN, and the gradient of the weight NaN.
@@ -359,5 +360,8 @@ def _check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any,
     n_classes = linear_weight.size(0) if vocab_size is None else vocab_size
     expected = (*input.shape[:-1], n_classes) if target.is_floating_point() else input.shape[:-1]
     if target.shape != torch.Size(expected):
+        got, rows = list(target.shape), list(input.shape[:-1])
+        if len(got) == len(expected) and got[: len(rows)] != rows:
+            raise ValueError(f"Expected input batch_size ({rows}) to match target batch_size ({got[: len(rows)]}).")
         kind = "probabilities" if target.is_floating_point() else "class indices"
         raise RuntimeError(f"target of {kind} must have the shape {list(expected)}, got {list(target.shape)}")

@@ -37,7 +37,7 @@ def upstream_of_rows(grad: Tensor, head: Head, options: Options) -> Tensor:
 
 
 def _derivatives(
-    tensors: Sequence[Tensor | None], options: Options, needed: Sequence[bool], directions: Sequence[Tensor | None],
+    tensors: Sequence[Any], options: Options, needed: Sequence[bool], directions: Sequence[Tensor | None],
     wanted: Sequence[bool], *, create_graph: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """Derivatives in those ``tensors`` that are ``wanted``, of the gradients that are ``needed``, along ``directions``."""

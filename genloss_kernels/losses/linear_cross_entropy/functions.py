@@ -68,7 +68,7 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         needed = needed_of(ctx.scalars[9])
         if torch.is_grad_enabled():
             *formula, divisor, reduction, most, sum_dtype, mask, _, triton = ctx.scalars
-            options = Options(*formula, divisor, Reduction(reduction))
+            options = Options(*formula)._replace(divisor=divisor, reduction=Reduction(reduction))
             rows = upstream_of_rows(grad, Head(*tensors), options)
             made = LinearCrossEntropyGradients.apply(
                 *tensors[:6], rows, None, None, None, *formula, False, most, sum_dtype, mask, triton
