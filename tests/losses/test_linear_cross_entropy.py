@@ -608,8 +608,8 @@ def test_known_failure_weight_gradient_summed_in_half_precision(path: str) -> No
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_dtype_of_accumulation(path: str, reduction: str) -> None:
-    """Sums of two chunks that nearly cancel show in which dtype they were added."""
+def test_dtype_of_accumulation(reduction: str) -> None:
+    """Triton's interpreter stores bfloat16 less exactly, and the sum is torch's on either path."""
     given = _in(torch.bfloat16, _labels(64, 300, bias=False, reduction=reduction)) | {"target": torch.full((64,), 7)}
     errors = []
     for acc_dtype in (None, torch.float32, torch.bfloat16):

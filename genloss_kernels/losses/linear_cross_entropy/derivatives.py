@@ -115,6 +115,9 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * len(ctx.scalars)
+        if all(d is None for d in directions):
+            return (None,) * 10 + nothing
         *formula, stats, most, _, needed, _ = ctx.scalars
         options = Options(*formula, reduction=Reduction.NONE, stats=stats)
         arguments = (needed_of(needed), directions, ctx.needs_input_grad[:10])
@@ -122,7 +125,7 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
             found = _derivatives(ctx.saved_tensors, options, *arguments, create_graph=True)
         else:
             found = _in_chunks(ctx.saved_tensors, options, most, *arguments)
-        return (*found, *(None,) * len(ctx.scalars))
+        return (*found, *nothing)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
