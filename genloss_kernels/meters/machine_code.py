@@ -126,7 +126,8 @@ def _examine(kernel: Specialisation, machine: Machine, cubin: bytes, body: Body)
     moved = streams(kernel)
     if moved is None:
         return
-    yield from _narrow("load", machine.loads, moved.loads, moved.elements)
+    if machine.loads:  # a linear formula's gradient reads nothing
+        yield from _narrow("load", machine.loads, moved.loads, moved.elements)
     yield from _narrow("store", machine.stores, moved.stores, moved.elements)
     elements = moved.elements * _tiles(body, moved)
     machine.instructions = len(body.instructions) / elements
@@ -157,7 +158,7 @@ def special_limit(kernel: Specialisation) -> float | None:
         return None
     if kernel.name in _ROW_KERNELS:
         return 2.0 if kernel["SOFTCAP"] else 1.0
-    if kernel.formula in _FORMULAS:
+    if kernel.formula in _FORMULAS and "FLAGS" in kernel.kernel.arg_names:
         plain, flagged = _FORMULAS[kernel.formula]
         return flagged if kernel["FLAGS"] & 1 else plain
     return None

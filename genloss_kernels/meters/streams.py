@@ -78,15 +78,34 @@ def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
 
 
 def _elementwise_streams(kernel: Specialisation) -> Streams | None:
-    operands = kernel.signature["operands"]
+    results = kernel.signature["loss_ptr"] if "forward" in kernel.name else kernel.signature["grads"]
+    return _operand_streams(kernel, kernel["KINDS"], kernel.signature["operands"], results, ())
+
+
+def _penalty_streams(kernel: Specialisation) -> Streams | None:
+    results = kernel.signature["grads"] if "backward" in kernel.name else ()
+    return _operand_streams(kernel, kernel["KINDS"], kernel.signature["operands"], results, ())
+
+
+def _pair_streams(kernel: Specialisation) -> Streams | None:
+    """Those of the term that moves the more, whose loop is the one that is read."""
+    terms = []
+    for place, kinds in enumerate(("FIRST_KINDS", "SECOND_KINDS")):
+        results = () if "forward" in kernel.name else kernel.signature["grads"][place]
+        terms.append(_operand_streams(kernel, kernel[kinds], kernel.signature["operands"][place], results, (place,)))
+    return None if None in terms else max(terms, key=lambda term: sum((*term.loads, *term.stores, *term.others)))
+
+
+def _operand_streams(
+    kernel: Specialisation, kinds: int, operands: tuple[str, ...], results: Any, path: tuple[int, ...]
+) -> Streams | None:
     places = {
-        kind: [place for place in range(len(operands)) if (kernel["KINDS"] >> (2 * place)) & 3 == kind]
+        kind: [place for place in range(len(operands)) if (kinds >> (2 * place)) & 3 == kind]
         for kind in (_DENSE, _SINGLE, _STRIDED)
     }
     argument = kernel.kernel.arg_names.index("operands")
-    if not places[_DENSE] or not all(kernel.attributes.get((argument, place)) for place in places[_DENSE]):
+    if not places[_DENSE] or not all(kernel.attributes.get((argument, *path, place)) for place in places[_DENSE]):
         return None
-    results = kernel.signature["loss_ptr"] if "forward" in kernel.name else kernel.signature["grads"]
     written = [pointer for pointer in _flat(results) if pointer != "constexpr"]
     dense, single, strided = (tuple(_itemsize(operands[place]) for place in places[kind]) for kind in places)
     return Streams(dense, tuple(map(_itemsize, written)), strided, single, _elements(kernel, kernel["BLOCK"]))
@@ -113,4 +132,8 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
     "_elementwise_forward_kernel": _elementwise_streams,
     "_elementwise_backward_kernel": _elementwise_streams,
+    "_pair_forward_kernel": _pair_streams,
+    "_pair_backward_kernel": _pair_streams,
+    "_penalty_squares_kernel": _penalty_streams,
+    "_penalty_backward_kernel": _penalty_streams,
 }

@@ -119,11 +119,11 @@ def _penalties(partials_ptr, norms_ptr, sample, live, segments, target, gamma, R
     total = tl.zeros((BLOCK,), tl.float64)
     for segment in range(segments):
         total += tl.load(partials_ptr + sample * segments + segment, mask=live, other=0.0)
-    norm = tl.sqrt(total)
-    tl.store(norms_ptr + sample, norm, mask=live)
     if R1:
         value = 0.5 * scalar(gamma, tl.float64) * total
     else:
+        norm = tl.sqrt(total)
+        tl.store(norms_ptr + sample, norm, mask=live)
         distance = norm - scalar(target, tl.float64)
         value = distance * distance
     return tl.where(live, value, 0.0)

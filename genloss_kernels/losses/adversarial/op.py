@@ -13,12 +13,12 @@ from ...core.library import register
 from ...core.reduction import Reduction
 from .reference import norms, penalties
 
-# In fp64 as many elements spill as in a tile of that.
-_ITEMSIZE = 8
+# The tile by the size of an element: arithmetic is in fp64, in which a tile of fp32 spills.
+_TILES = {2: 2, 4: 8, 8: 8}
 
 
 def _paths(grad: Tensor) -> tuple[Walk, Grid, tuple[int, int, int, int]]:
-    grid = grid_for(grad.shape, _ITEMSIZE, by_sample=True)
+    grid = grid_for(grad.shape, _TILES[grad.element_size()], by_sample=True)
     path = walk([grad, None, None, None, None], grad.shape, grid.block, by_sample=True)
     return path, grid, (grad.numel(), grid.sample_size, grid.segments, grid.chunk)
 
@@ -33,7 +33,8 @@ def _forward(
     grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
 ) -> tuple[Tensor, Tensor]:
     if not triton:
-        return _reduce(penalties(grad, target, gamma), Reduction(reduction)).to(dtype), norms(grad)
+        found = norms(grad) if gamma is None else grad.new_empty(0, dtype=torch.float64)
+        return _reduce(penalties(grad, target, gamma), Reduction(reduction)).to(dtype), found
     from .kernels import _penalty_kernel, _penalty_squares_kernel
 
     path, grid, sizes = _paths(grad)
@@ -43,10 +44,11 @@ def _forward(
         _penalty_squares_kernel, grid.programs, device, tuple(path.tensors), path.sizes, path.magics, tuple(path.strides),
         partials, *sizes, KINDS=path.kinds, SMALL=path.small, BLOCK=grid.block, num_warps=grid.num_warps,
     )  # fmt: skip
-    found = torch.empty(n_samples, dtype=torch.float64, device=device)
+    found = torch.empty(n_samples if gamma is None else 0, dtype=torch.float64, device=device)
     loss = torch.empty(n_samples if store else (), dtype=dtype, device=device)
     launch(
-        _penalty_kernel, -(-n_samples // REDUCTION_TILE.block) if store else 1, device, partials, found, loss, n_samples,
+        _penalty_kernel, -(-n_samples // REDUCTION_TILE.block) if store else 1, device, partials,
+        found if gamma is None else None, loss, n_samples,
         grid.segments, target, gamma or 0.0, float(n_samples) if reduction == Reduction.MEAN else 1.0,
         R1=gamma is not None, STORE=store, BLOCK=REDUCTION_TILE.block, num_warps=REDUCTION_TILE.num_warps,
     )  # fmt: skip
@@ -58,7 +60,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     samples = grad.shape[:1]
     loss = grad.new_empty(samples if reduction == Reduction.NONE else (), dtype=dtype)
-    return loss, grad.new_empty(samples, dtype=torch.float64)
+    return loss, grad.new_empty(samples if gamma is None else (0,), dtype=torch.float64)
 
 
 def _backward(
@@ -105,7 +107,7 @@ penalty_backward = register(
 
 
 class Penalty(torch.autograd.Function):
-    """A penalty on the norm of each sample, and the norms."""
+    """A penalty on the norm of each sample, and the norms where its gradient takes them."""
 
     @staticmethod
     def forward(
