@@ -2,6 +2,7 @@
 
 from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
+from .losses.divergence.api import categorical_entropy, js_div_with_logits, kl_div_with_logits
 from .losses.gaussian_kl.api import gaussian_kl
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
@@ -12,8 +13,11 @@ __all__ = [
     "CrossEntropyStats",
     "LinearCrossEntropyOptions",
     "binary_cross_entropy_with_logits",
+    "categorical_entropy",
     "cross_entropy",
     "gaussian_kl",
+    "js_div_with_logits",
+    "kl_div_with_logits",
     "linear_cross_entropy",
     "mse_loss",
     "nll_loss",
