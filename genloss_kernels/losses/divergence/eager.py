@@ -7,11 +7,18 @@ from torch import Tensor
 
 from ...core.layout import row_blocks
 from ...core.scratch import Scratch
+from . import reference
 from .reference import Kind, Options, arithmetic
 
 # Elements of a block for each thread: a few buffers of 256 KiB in fp32 in a core's second-level cache, and long enough to
 # hide the cost of calling operators.
 BLOCK_ELEMENTS = 2**16
+
+# A divergence below this is computed once more in fp64, as fp32 is off by about 1e-7.
+_CLOSE = 2.0**-10
+
+# A divergence above this has met a logit so low that it counts as -inf, as the lowest number of a dtype does.
+_FAR = {torch.float32: 1e20, torch.float64: 1e200}
 
 
 def _blocks(input: Tensor) -> list[tuple[int | slice, ...]]:
@@ -67,7 +74,13 @@ def forward(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
             loss[index] = total.log() - _mean(e, below, total, block.take("product", below))
             continue
         teacher = block.logits("teacher", target[index])
-        loss[index] = _js(teacher, student, block)[0] if options.kind == Kind.JS else _kl(teacher, student, block)
+        rows = _js(teacher, student, block)[0] if options.kind == Kind.JS else _kl(teacher, student, block)
+        if dtype == torch.float32 and rows.device.type == "cpu" and (close := rows < _CLOSE).any():
+            # The logits have been divided already.
+            plain = options._replace(temperature=1.0)
+            logits = (block.logits(name, t[index]) for name, t in (("student", input), ("teacher", target)))
+            rows[close] = reference.rows(*(y[close] for y in logits), plain)
+        loss[index] = rows
     return loss.mul_(options.temperature**2)
 
 
@@ -78,7 +91,8 @@ def _kl(teacher: Tensor, student: Tensor, block: _Block) -> Tensor:
     below, e, total = block.exponentials("teacher", teacher)
     other_below, _, other_total = block.exponentials("student", student)
     mean = _mean(e, below.sub_(other_below), total, other_below)
-    return torch.log1p((other_total - total) / total) + mean
+    value = torch.log1p((other_total - total) / total) + mean
+    return value.masked_fill_(value > _FAR[block.dtype], float("inf"))
 
 
 def _js(teacher: Tensor, student: Tensor, block: _Block) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:

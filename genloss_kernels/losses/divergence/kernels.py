@@ -8,7 +8,7 @@ The state of a lane is a tuple of tensors of one shape:
 maximum_a, total_a      largest logit so far, and the sum of exp(a - maximum_a)
 maximum_b, total_b      the same of b
 moment                  sum of exp(a - maximum_a) * [(a - maximum_a) - (b - maximum_b)]
-hole                    largest a where b is -inf
+hole                    largest a where b is -inf, or so low that it counts as that
 """
 
 import triton
@@ -21,9 +21,12 @@ KL = tl.constexpr(0)
 JS = tl.constexpr(1)
 ENTROPY = tl.constexpr(2)
 
-# Farther than any two logits that matter, and not so far that a sum of as many rows or their product overflows.
+# Farther than any two logits that matter, and not so far that a row of such differences overflows.
 _FAR_32 = tl.constexpr(1e30)
 _FAR_64 = tl.constexpr(1e300)
+
+# A divergence below this is summed once more from terms of the second order, as one pass is off by about 1e-7.
+_CLOSE = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def _initial_state(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _hole(a, b):
-    return tl.where(b == -float("inf"), a, -float("inf"))
+    return tl.where(b < -_far(b.dtype), a, -float("inf"))
 
 
 @triton.jit
@@ -172,6 +175,8 @@ def _row(state, KIND: tl.constexpr):
         # Where the student has no mass and the teacher has.
         missing = (tl.exp((hole - maximum_a) - log_a) > 0.0) & (value == value)
         value = tl.where(missing, float("inf"), value)
+        # No distribution at all.
+        value = tl.where(total_b == 0.0, float("nan"), value)
         first = tl.where(missing, float("inf"), first)
     if KIND == ENTROPY:
         first = log_a - moment / total_a
@@ -195,7 +200,7 @@ def _mixture(a, b, row, weight_a):
 
 @triton.jit
 def _mixture_excess(difference, weight):
-    """w z log z - m log m for m = 1 + w (z - 1) and z = exp(difference), and log m; the difference is not positive.
+    """w z log z - m log m for m = 1 + w (z - 1) and z = exp(difference), z and log m; the difference is not positive.
 
     Computed as w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal
     distributions give 0 and close ones keep their digits.
@@ -213,25 +218,48 @@ def _mixture_excess(difference, weight):
         s = v / (2.0 + v)
         rest = atanh_excess(s)
         small = v > -0.5
-        log = tl.where(small, 2.0 * (s + rest), direct)
         of_mixture = tl.where(small, v * s + 2.0 * (1.0 + v) * rest, (1.0 + v) * direct - v)
-    return weight * near - of_mixture, log
+    return weight * near - of_mixture, change + 1.0, direct
 
 
 @triton.jit
 def _js_terms(a, b, row, weight_a):
-    """A pair's terms of the divergence, and of KL(a || mixture)."""
-    behind, p, difference, weight = _mixture(a, b, row, weight_a)
-    excess, log_mixture = _mixture_excess(difference, weight)
-    of_a = tl.where(behind, tl.exp(difference) * (difference - log_mixture), -log_mixture)
-    return p * excess, p * of_a
+    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture)."""
+    behind, larger, difference, weight = _mixture(a, b, row, weight_a)
+    excess, z, log_mixture = _mixture_excess(difference, weight)
+    above = -larger * log_mixture
+    below = larger * z * (difference - log_mixture)
+    return larger * excess, tl.where(behind, below, above), tl.where(behind, above, below)
 
 
 @triton.jit
-def _js_row(row, js, of_a, weight_a):
-    """A row with the means that its gradient needs: KL(a || mixture) and KL(b || mixture)."""
+def _kl_terms(a, b, row):
+    """A pair's p (exp(d) - 1 - d) for d = log q - log p, which add up to the divergence and are never negative."""
     maximum_a, log_a, maximum_b, log_b, _, _ = row
-    return maximum_a, log_a, maximum_b, log_b, of_a, (js - weight_a * of_a) / (1.0 - weight_a)
+    p = tl.exp((a - maximum_a) - log_a)
+    q = tl.exp((b - maximum_b) - log_b)
+    difference = ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a)
+    _, excess = expm1_excess(difference)
+    term = tl.where(tl.abs(difference) < 0.5, p * excess, (q - p) - p * difference)
+    return tl.where(p == 0.0, q, term)
+
+
+@triton.jit
+def _terms(a, b, row, weight_a, KIND: tl.constexpr):
+    """A pair's term of the divergence; for JS also of the two means that the gradient needs."""
+    if KIND == JS:
+        term, of_a, of_b = _js_terms(a, b, row, weight_a)
+    else:
+        term = _kl_terms(a, b, row)
+        of_a = term
+        of_b = term
+    return term, of_a, of_b
+
+
+@triton.jit
+def _with_means(row, of_a, of_b):
+    maximum_a, log_a, maximum_b, log_b, _, _ = row
+    return maximum_a, log_a, maximum_b, log_b, of_a, of_b
 
 
 @triton.jit
@@ -318,6 +346,50 @@ def _places(cols, stride_col, VEC: tl.constexpr):
 
 
 @triton.jit
+def _second_pass(
+    tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature, weight_a,
+    KIND: tl.constexpr, WHOLE: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of a row's terms; a WHOLE row but for its edges is at hand as the tail."""
+    lane = tl.arange(0, BLOCK)
+    if WHOLE:
+        total, of_a, of_b = _terms(tail_a, tail_b, values, weight_a, KIND)
+    else:
+        full = body // BLOCK * BLOCK
+        total = tl.zeros((BLOCK,), DTYPE)
+        of_a = total
+        of_b = total
+        for start in range(0, full, BLOCK):
+            cols = start + lane
+            a, b = _pair(
+                a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
+                inverse_temperature, KIND, False, DTYPE,
+            )  # fmt: skip
+            term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
+            total += term
+            of_a += term_of_a
+            of_b += term_of_b
+        cols = full + lane
+        a, b = _pair(
+            a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
+            lane < tl.multiple_of(body - full, VEC), inverse_temperature, KIND, True, DTYPE,
+        )  # fmt: skip
+        term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
+        total += term
+        of_a += term_of_a
+        of_b += term_of_b
+    if RAGGED:
+        cols = edge_columns(lane, head, body)
+        a, b = _pair(a_first + cols, b_first + cols, cols < n_cols - head, inverse_temperature, KIND, True, DTYPE)
+        term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
+        total += term
+        of_a += term_of_a
+        of_b += term_of_b
+    return tl.sum(total, axis=0), tl.sum(of_a, axis=0), tl.sum(of_b, axis=0)
+
+
+@triton.jit
 def _divergence_forward_rows_kernel(
     a_ptr, b_ptr, loss_ptr, partial_ptr, saved_ptr, shape, a_strides, b_strides, a_stride_col, b_stride_col,
     n_rows, n_cols, inverse_temperature: tl.float64, weight_a: tl.float64, factor: tl.float64,
@@ -364,34 +436,17 @@ def _divergence_forward_rows_kernel(
         state = _update(state, a, b, KIND)
     values, value = _row(_collapse(state, 0, KIND), KIND)
     if KIND == JS:
-        if WHOLE:
-            js, of_a = _js_terms(tail_a, tail_b, values, weight_a)
-        else:
-            js = tl.zeros((BLOCK,), DTYPE)
-            of_a = js
-            for start in range(0, full, BLOCK):
-                cols = start + lane
-                a, b = _pair(
-                    a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
-                    inverse_temperature, KIND, False, DTYPE,
-                )  # fmt: skip
-                terms, terms_of_a = _js_terms(a, b, values, weight_a)
-                js += terms
-                of_a += terms_of_a
-            tail_a, tail_b = _pair(
-                a_first + _places(tail, a_stride_col, VEC), b_first + _places(tail, b_stride_col, VEC), tail_live,
-                inverse_temperature, KIND, True, DTYPE,
+        value, of_a, of_b = _second_pass(
+            tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature,
+            weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
+        )  # fmt: skip
+        values = _with_means(values, of_a, of_b)
+    if KIND == KL and DTYPE == tl.float32:
+        if value < _CLOSE:
+            value, _, _ = _second_pass(
+                tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values,
+                inverse_temperature, weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
             )  # fmt: skip
-            terms, terms_of_a = _js_terms(tail_a, tail_b, values, weight_a)
-            js += terms
-            of_a += terms_of_a
-        if RAGGED:
-            a, b = _pair(a_first + edge, b_first + edge, edge_live, inverse_temperature, KIND, True, DTYPE)
-            terms, terms_of_a = _js_terms(a, b, values, weight_a)
-            js += terms
-            of_a += terms_of_a
-        value = tl.sum(js, axis=0)
-        values = _js_row(values, value, tl.sum(of_a, axis=0), weight_a)
     factor = scalar(factor, DTYPE)
     _finish(values, value, factor, row, row >= 0, row, loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE)
 
@@ -493,13 +548,22 @@ def _wide(values):
 
 
 @triton.jit
+def _chosen(value, total, KIND: tl.constexpr):
+    """The sum of the terms: for KL where the value found without them is small, for JS always."""
+    if KIND == KL:
+        total = tl.where(value < _CLOSE, total, value)
+    return total
+
+
+@triton.jit
 def _whole_rows(a, b, weight_a, KIND: tl.constexpr):
     """Numbers of the rows of a tile that holds all their classes, and their divergences."""
     values, value = _row(_collapse(_first_state(a, b, KIND), 1, KIND), KIND)
+    if KIND != ENTROPY:
+        total, of_a, of_b = _terms(a, b, _wide(values), weight_a, KIND)
+        value = _chosen(value, tl.sum(total, axis=1), KIND)
     if KIND == JS:
-        js, of_a = _js_terms(a, b, _wide(values), weight_a)
-        value = tl.sum(js, axis=1)
-        values = _js_row(values, value, tl.sum(of_a, axis=1), weight_a)
+        values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
     return values, value
 
 
@@ -537,19 +601,28 @@ def _divergence_forward_tiles_kernel(
             state = _update(state, a, b, KIND)
         values, value = _row(_collapse(state, 1, KIND), KIND)
         if KIND == JS:
-            js = tl.zeros((BLOCK_ROWS, BLOCK_COLS), DTYPE)
-            of_a = js
+            again = True
+        elif KIND == KL:
+            again = tl.min(tl.where(row_live, value, 1.0), axis=0) < _CLOSE
+        else:
+            again = False
+        if again:
+            total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), DTYPE)
+            of_a = total
+            of_b = total
             for start in range(0, n_cols, BLOCK_COLS):
                 cols = (start + lane).to(tl.int64)[None, :]
                 a, b = _pair(
                     a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
                     inverse_temperature, KIND, True, DTYPE,
                 )  # fmt: skip
-                terms, terms_of_a = _js_terms(a, b, _wide(values), weight_a)
-                js += terms
-                of_a += terms_of_a
-            value = tl.sum(js, axis=1)
-            values = _js_row(values, value, tl.sum(of_a, axis=1), weight_a)
+                term, term_of_a, term_of_b = _terms(a, b, _wide(values), weight_a, KIND)
+                total += term
+                of_a += term_of_a
+                of_b += term_of_b
+            value = _chosen(value, tl.sum(total, axis=1), KIND)
+            if KIND == JS:
+                values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
     factor = scalar(factor, DTYPE)
     _finish(
         values, value, factor, row, row_live, tl.program_id(0), loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE

@@ -34,12 +34,15 @@ def arithmetic(input: Tensor, target: Tensor | None) -> torch.dtype:
 
 
 def rows(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
-    """Loss of each row of logits (..., V)."""
-    dtype = arithmetic(input, target)
-    student = torch.log_softmax(input.to(dtype) / options.temperature, -1)
+    """Loss of each row of logits (..., V), found in fp64: the plain formulas lose what close distributions differ by."""
+    return _rows(input.double(), None if target is None else target.double(), options).to(arithmetic(input, target))
+
+
+def _rows(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
+    student = torch.log_softmax(input / options.temperature, -1)
     if target is None:
         return -_expectation(student, student)
-    teacher = torch.log_softmax(target.to(dtype) / options.temperature, -1)
+    teacher = torch.log_softmax(target / options.temperature, -1)
     scale = options.temperature**2
     if options.kind != Kind.JS:
         p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
