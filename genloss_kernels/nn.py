@@ -326,9 +326,7 @@ class KLDivWithLogitsLoss(torch.nn.Module):
         tensor(0.)
     """
 
-    def __init__(
-        self, *, temperature: float = 1.0, direction: str = "forward", reduction: str = "batchmean"
-    ) -> None:
+    def __init__(self, *, temperature: float = 1.0, direction: str = "forward", reduction: str = "batchmean") -> None:
         super().__init__()
         self.temperature = temperature
         self.direction = direction
@@ -356,9 +354,7 @@ class JSDivWithLogitsLoss(torch.nn.Module):
         self.reduction = reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.js_div_with_logits(
-            input, target, beta=self.beta, temperature=self.temperature, reduction=self.reduction
-        )
+        return F.js_div_with_logits(input, target, beta=self.beta, temperature=self.temperature, reduction=self.reduction)
 
 
 class MSELoss(torch.nn.MSELoss):

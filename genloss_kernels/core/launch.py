@@ -122,15 +122,15 @@ def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = F
     return short if n_cols <= 4 * short.block else long
 
 
-# A row of two operands held in registers, 16 elements of each in a thread, 8 in fp64; 8 over 32 warps spill.
-_HELD_ELEMENTS = 16 * 32
+# Rows of two operands held in registers: elements of each in a warp, and the most warps that do not spill.
+_HELD_ROWS = {2: (512, 16), 4: (512, 16), 8: (256, 8)}
 
 
 def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
     """Tile that holds a whole row of each of two operands; None where no program can."""
-    elements = _HELD_ELEMENTS // (2 if itemsize == 8 else 1)
+    elements, most = _HELD_ROWS[itemsize]
     block = max(_power_of_two(n_cols), 4 * elements)
-    return Tile(block, block // elements) if block <= 16 * elements else None
+    return Tile(block, block // elements) if block <= most * elements else None
 
 
 class RowsTile(NamedTuple):

@@ -43,7 +43,7 @@ def kl_div_with_logits(
         target: logits of the teacher, in the shape of the input. Differentiable too.
         temperature: T, positive. The factor T^2 keeps the size of the gradients.
         direction: ``"forward"``, KL(teacher || student), or ``"reverse"``, KL(student || teacher).
-        reduction: ``"none"``: per row; ``"mean"``: mean over rows; ``"batchmean"``: the sum over ``input.size(0)``; ``"sum"``.
+        reduction: ``"none"``: per row; ``"mean"``: over rows; ``"batchmean"``: their sum over ``input.size(0)``; ``"sum"``.
 
     Returns:
         0-d tensor for ``mean``, ``batchmean`` and ``sum``; for ``none`` the shape of the input without its last dimension.
@@ -56,10 +56,11 @@ def kl_div_with_logits(
         NotImplementedError: an operand is not real floating point.
 
     Numerics:
-        Arithmetic in fp32, fp64 for fp64. Everything is relative to the rows' maxima, so that equal logits give 0 and a small
-        divergence is off by about 1e-7, however large the logits. Terms with probability 0 are 0, at logits of -inf as well;
-        where the second distribution has no mass and the first has, the divergence is inf. A row that is -inf throughout,
-        or holds NaN or inf, gives NaN. Empty: ``sum`` 0, means NaN.
+        Arithmetic in fp32, fp64 for fp64, relative to the rows' maxima. Equal logits give 0, and small divergences keep
+        their digits: a row below 2**-10 (before the factor T^2) is looked at once more. Terms with probability 0 are 0, at
+        logits of -inf as well; where the second distribution has no mass and the first has, the divergence is inf. Logits
+        below -1e30 count as -inf there. A row that is -inf throughout, or holds NaN or inf, gives NaN. Empty: ``sum`` 0,
+        means NaN. Each row is one program's work in the forward, however few there are.
 
     Differs from torch:
         ``torch.nn.functional.kl_div`` takes log-probabilities, has no temperature, and its ``mean`` is over elements.
@@ -101,7 +102,7 @@ def js_div_with_logits(
         target: logits of the teacher, in the shape of the input. Differentiable too.
         beta: the teacher's weight, between 0 and 1 and neither of them. At 0.5 the divergence is symmetric.
         temperature: T, positive.
-        reduction: ``"none"``: per row; ``"mean"``: mean over rows; ``"batchmean"``: the sum over ``input.size(0)``; ``"sum"``.
+        reduction: ``"none"``: per row; ``"mean"``: over rows; ``"batchmean"``: their sum over ``input.size(0)``; ``"sum"``.
 
     Returns:
         0-d tensor for ``mean``, ``batchmean`` and ``sum``; for ``none`` the shape of the input without its last dimension.
@@ -114,8 +115,9 @@ def js_div_with_logits(
         NotImplementedError: an operand is not real floating point.
 
     Numerics:
-        Arithmetic in fp32, fp64 for fp64. Finite whatever is -inf on one side or on both, as long as each row has a finite
-        logit on either side; otherwise, and with NaN or inf, NaN. A row longer than the kernels can hold (8192 classes, 4096
+        Arithmetic in fp32, fp64 for fp64, in terms of the second order, so that equal logits give 0 and close ones keep
+        their digits. Finite whatever is -inf on one side or on both, as long as each row has a finite
+        logit on either side; otherwise, and with NaN or inf, NaN. A row longer than the kernels can hold (8192 classes, 2048
         in fp64) is read twice in the forward. Empty: ``sum`` 0, means NaN.
 
     Differs from torch:
@@ -147,7 +149,7 @@ def categorical_entropy(logits: Tensor, *, reduction: str = "none") -> Tensor:
 
     Args:
         logits: shape (V) or (N, ..., V), classes last, in any memory layout; fp32, fp16, bf16 or fp64.
-        reduction: ``"none"``: per row; ``"mean"``: mean over rows; ``"batchmean"``: the sum over ``logits.size(0)``; ``"sum"``.
+        reduction: ``"none"``: per row; ``"mean"``: over rows; ``"batchmean"``: their sum over ``logits.size(0)``; ``"sum"``.
 
     Returns:
         For ``none`` the shape of the logits without their last dimension, a 0-d tensor otherwise. In the logits' dtype (fp32
@@ -160,8 +162,8 @@ def categorical_entropy(logits: Tensor, *, reduction: str = "none") -> Tensor:
         NotImplementedError: the logits are not real floating point.
 
     Numerics:
-        Arithmetic in fp32, fp64 for fp64, relative to the rows' maxima. Classes at -inf add 0; a row that is -inf throughout,
-        or holds NaN or inf, gives NaN. Empty: ``sum`` 0, means NaN.
+        Arithmetic in fp32, fp64 for fp64, relative to the rows' maxima. Classes at -inf add 0; a row that is -inf
+        throughout, or holds NaN or inf, gives NaN. Empty: ``sum`` 0, means NaN.
 
     Differs from torch:
         ``torch.distributions.Categorical.entropy`` has no reduction, and refuses -inf; the values agree.

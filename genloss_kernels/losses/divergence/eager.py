@@ -145,9 +145,7 @@ def _write_entropy(logits: Tensor, factor: Tensor, out: Tensor, block: _Block) -
     _deliver(out, block, "gradient")
 
 
-def _write_kl(
-    a: Tensor, b: Tensor, factor: Tensor, of_a: Tensor | None, of_b: Tensor | None, block: _Block
-) -> None:
+def _write_kl(a: Tensor, b: Tensor, factor: Tensor, of_a: Tensor | None, of_b: Tensor | None, block: _Block) -> None:
     p = block.probabilities("p", a)
     if of_a is not None:
         difference = torch.sub(a, b, out=block.take("difference", a))

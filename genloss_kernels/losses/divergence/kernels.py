@@ -117,31 +117,44 @@ def _update(state, a, b, KIND: tl.constexpr):
 
 
 @triton.jit
-def _collapse(state, AXIS: tl.constexpr, KIND: tl.constexpr):
-    """Merge the lanes along an axis, in an order that does not depend on timing."""
-    maximum_a, total_a, maximum_b, total_b, moment, hole = state
+def _relative(state, top_a, top_b, KIND: tl.constexpr):
+    """Totals of a and b and the moment, relative to maxima that are no lower."""
+    maximum_a, total_a, maximum_b, total_b, moment, _ = state
     far = _far(maximum_a.dtype)
-    top_a = tl.max(maximum_a, axis=AXIS)
-    change = maximum_a - tl.expand_dims(top_a, AXIS)
-    decay = tl.exp(change)
-    top_b = top_a
-    below = tl.maximum(change, -far)
+    change_a = maximum_a - top_a
+    decay = tl.exp(change_a)
+    below = tl.maximum(change_a, -far)
     if KIND != ENTROPY:
-        top_b = tl.max(maximum_b, axis=AXIS)
-        change_b = maximum_b - tl.expand_dims(top_b, AXIS)
-        total_b = tl.sum(tl.exp(change_b) * total_b, axis=AXIS)
-    else:
-        total_b = top_a
+        change_b = maximum_b - top_b
+        total_b = tl.exp(change_b) * total_b
     if KIND == KL:
         below -= tl.maximum(change_b, -far)
-        hole = tl.max(hole, axis=AXIS)
-    else:
-        hole = top_a
     if KIND != JS:
-        moment = tl.sum(decay * (moment + total_a * below), axis=AXIS)
-    else:
-        moment = top_a
-    return top_a, tl.sum(decay * total_a, axis=AXIS), top_b, total_b, moment, hole
+        moment = decay * (moment + total_a * below)
+    return decay * total_a, total_b, moment
+
+
+@triton.jit
+def _collapse(state, AXIS: tl.constexpr, KIND: tl.constexpr):
+    """Merge the lanes along an axis, in an order that does not depend on timing."""
+    top_a = tl.max(state[0], axis=AXIS)
+    top_b = tl.max(state[2], axis=AXIS)
+    total_a, total_b, moment = _relative(state, tl.expand_dims(top_a, AXIS), tl.expand_dims(top_b, AXIS), KIND)
+    return (
+        top_a, tl.sum(total_a, axis=AXIS), top_b, tl.sum(total_b, axis=AXIS), tl.sum(moment, axis=AXIS),
+        tl.max(state[5], axis=AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge(state, other, KIND: tl.constexpr):
+    top_a = tl.maximum(state[0], other[0])
+    top_b = tl.maximum(state[2], other[2])
+    total_a, total_b, moment = _relative(state, top_a, top_b, KIND)
+    other_a, other_b, other_moment = _relative(other, top_a, top_b, KIND)
+    return (
+        top_a, total_a + other_a, top_b, total_b + other_b, moment + other_moment, tl.maximum(state[5], other[5]),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -224,12 +237,12 @@ def _mixture_excess(difference, weight):
 
 @triton.jit
 def _js_terms(a, b, row, weight_a):
-    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture)."""
+    """A pair's terms of the divergence and of KL(b || mixture)."""
     behind, larger, difference, weight = _mixture(a, b, row, weight_a)
     excess, z, log_mixture = _mixture_excess(difference, weight)
     above = -larger * log_mixture
     below = larger * z * (difference - log_mixture)
-    return larger * excess, tl.where(behind, below, above), tl.where(behind, above, below)
+    return larger * excess, tl.where(behind, above, below)
 
 
 @triton.jit
@@ -246,20 +259,20 @@ def _kl_terms(a, b, row):
 
 @triton.jit
 def _terms(a, b, row, weight_a, KIND: tl.constexpr):
-    """A pair's term of the divergence; for JS also of the two means that the gradient needs."""
+    """A pair's term of the divergence; for JS also of the mean under b that the gradient needs."""
     if KIND == JS:
-        term, of_a, of_b = _js_terms(a, b, row, weight_a)
+        term, of_b = _js_terms(a, b, row, weight_a)
     else:
         term = _kl_terms(a, b, row)
-        of_a = term
         of_b = term
-    return term, of_a, of_b
+    return term, of_b
 
 
 @triton.jit
-def _with_means(row, of_a, of_b):
+def _with_means(row, value, of_b, weight_a):
+    """A row with KL(a || mixture) and KL(b || mixture)."""
     maximum_a, log_a, maximum_b, log_b, _, _ = row
-    return maximum_a, log_a, maximum_b, log_b, of_a, of_b
+    return maximum_a, log_a, maximum_b, log_b, (value - (1.0 - weight_a) * of_b) / weight_a, of_b
 
 
 @triton.jit
@@ -346,6 +359,15 @@ def _places(cols, stride_col, VEC: tl.constexpr):
 
 
 @triton.jit
+def _edges(
+    a_first, b_first, head, body, n_cols, inverse_temperature, KIND: tl.constexpr, VEC: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The elements of a ragged row before its first whole vector and after its last, which are fewer than two vectors'."""
+    cols = edge_columns(tl.arange(0, 2 * VEC), head, body)
+    return _pair(a_first + cols, b_first + cols, cols < n_cols - head, inverse_temperature, KIND, True, DTYPE)
+
+
+@triton.jit
 def _second_pass(
     tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature, weight_a,
     KIND: tl.constexpr, WHOLE: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
@@ -354,11 +376,10 @@ def _second_pass(
     """Sums of a row's terms; a WHOLE row but for its edges is at hand as the tail."""
     lane = tl.arange(0, BLOCK)
     if WHOLE:
-        total, of_a, of_b = _terms(tail_a, tail_b, values, weight_a, KIND)
+        total, of_b = _terms(tail_a, tail_b, values, weight_a, KIND)
     else:
         full = body // BLOCK * BLOCK
         total = tl.zeros((BLOCK,), DTYPE)
-        of_a = total
         of_b = total
         for start in range(0, full, BLOCK):
             cols = start + lane
@@ -366,27 +387,25 @@ def _second_pass(
                 a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
                 inverse_temperature, KIND, False, DTYPE,
             )  # fmt: skip
-            term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
+            term, term_of_b = _terms(a, b, values, weight_a, KIND)
             total += term
-            of_a += term_of_a
             of_b += term_of_b
         cols = full + lane
         a, b = _pair(
             a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
             lane < tl.multiple_of(body - full, VEC), inverse_temperature, KIND, True, DTYPE,
         )  # fmt: skip
-        term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
+        term, term_of_b = _terms(a, b, values, weight_a, KIND)
         total += term
-        of_a += term_of_a
         of_b += term_of_b
+    total = tl.sum(total, axis=0)
+    of_b = tl.sum(of_b, axis=0)
     if RAGGED:
-        cols = edge_columns(lane, head, body)
-        a, b = _pair(a_first + cols, b_first + cols, cols < n_cols - head, inverse_temperature, KIND, True, DTYPE)
-        term, term_of_a, term_of_b = _terms(a, b, values, weight_a, KIND)
-        total += term
-        of_a += term_of_a
-        of_b += term_of_b
-    return tl.sum(total, axis=0), tl.sum(of_a, axis=0), tl.sum(of_b, axis=0)
+        a, b = _edges(a_first, b_first, head, body, n_cols, inverse_temperature, KIND, VEC, DTYPE)
+        term, term_of_b = _terms(a, b, values, weight_a, KIND)
+        total += tl.sum(term, axis=0)
+        of_b += tl.sum(term_of_b, axis=0)
+    return total, of_b
 
 
 @triton.jit
@@ -412,8 +431,6 @@ def _divergence_forward_rows_kernel(
         full = body // BLOCK * BLOCK
     tail = full + lane
     tail_live = lane < tl.multiple_of(body - full, VEC)
-    edge = edge_columns(lane, head, body)
-    edge_live = edge < n_cols - head
     state = _initial_state((BLOCK,), DTYPE)
     if not WHOLE:
         for start in range(0, full, BLOCK):
@@ -431,19 +448,21 @@ def _divergence_forward_rows_kernel(
         state = _first_state(tail_a, tail_b, KIND)
     else:
         state = _update(state, tail_a, tail_b, KIND)
+    state = _collapse(state, 0, KIND)
     if RAGGED:
-        a, b = _pair(a_first + edge, b_first + edge, edge_live, inverse_temperature, KIND, True, DTYPE)
-        state = _update(state, a, b, KIND)
-    values, value = _row(_collapse(state, 0, KIND), KIND)
+        a, b = _edges(a_first, b_first, head, body, n_cols, inverse_temperature, KIND, VEC, DTYPE)
+        state = _merge(state, _collapse(_first_state(a, b, KIND), 0, KIND), KIND)
+    values, value = _row(state, KIND)
     if KIND == JS:
-        value, of_a, of_b = _second_pass(
+        value, of_b = _second_pass(
             tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature,
             weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
         )  # fmt: skip
-        values = _with_means(values, of_a, of_b)
-    if KIND == KL and DTYPE == tl.float32:
+        values = _with_means(values, value, of_b, weight_a)
+    if KIND == KL and tl.float32 == DTYPE:  # noqa: SIM102
+        # A condition of its own: the other one is the compiler's.
         if value < _CLOSE:
-            value, _, _ = _second_pass(
+            value, _ = _second_pass(
                 tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values,
                 inverse_temperature, weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
             )  # fmt: skip
@@ -522,7 +541,7 @@ def _divergence_backward_rows_kernel(
         KIND, GRAD_A, GRAD_B, True, DTYPE,
     )  # fmt: skip
     if RAGGED:
-        cols = edge_columns(lane, head, body)
+        cols = edge_columns(tl.arange(0, 2 * VEC), head, body)
         _give(
             a_first + cols, b_first + cols, grad_a_first + cols, grad_b_first + cols,
             (cols < n_cols - head) & (split == 0), values, grad, inverse_temperature, weight_a,
@@ -560,10 +579,10 @@ def _whole_rows(a, b, weight_a, KIND: tl.constexpr):
     """Numbers of the rows of a tile that holds all their classes, and their divergences."""
     values, value = _row(_collapse(_first_state(a, b, KIND), 1, KIND), KIND)
     if KIND != ENTROPY:
-        total, of_a, of_b = _terms(a, b, _wide(values), weight_a, KIND)
+        total, of_b = _terms(a, b, _wide(values), weight_a, KIND)
         value = _chosen(value, tl.sum(total, axis=1), KIND)
     if KIND == JS:
-        values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
+        values = _with_means(values, value, tl.sum(of_b, axis=1), weight_a)
     return values, value
 
 
@@ -608,7 +627,6 @@ def _divergence_forward_tiles_kernel(
             again = False
         if again:
             total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), DTYPE)
-            of_a = total
             of_b = total
             for start in range(0, n_cols, BLOCK_COLS):
                 cols = (start + lane).to(tl.int64)[None, :]
@@ -616,13 +634,12 @@ def _divergence_forward_tiles_kernel(
                     a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
                     inverse_temperature, KIND, True, DTYPE,
                 )  # fmt: skip
-                term, term_of_a, term_of_b = _terms(a, b, _wide(values), weight_a, KIND)
+                term, term_of_b = _terms(a, b, _wide(values), weight_a, KIND)
                 total += term
-                of_a += term_of_a
                 of_b += term_of_b
             value = _chosen(value, tl.sum(total, axis=1), KIND)
             if KIND == JS:
-                values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
+                values = _with_means(values, value, tl.sum(of_b, axis=1), weight_a)
     factor = scalar(factor, DTYPE)
     _finish(
         values, value, factor, row, row_live, tl.program_id(0), loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE

@@ -40,7 +40,7 @@ def _formula(options: Options) -> dict[str, Any]:
 
 
 def _by_tiles(p: Plan, operands: list[Tensor]) -> tuple[Any, ...]:
-    """Shape and strides of all but the innermost dimension of rows, which a tile covers; and its strides, and the classes'."""
+    """Shape and strides of all dimensions of rows but the innermost, which a tile covers; its strides, and the classes'."""
     strides = p.strides[: len(operands)]
     return (
         p.shape[:-1] or (1,), *(s[:-1] or (0,) for s in strides), *(s[-1] for s in strides),
@@ -196,7 +196,7 @@ divergence_backward = register(
 
 
 class Divergence(torch.autograd.Function):
-    """A divergence or an entropy of logits (N, ..., V) with the hand-written backward; returns the loss and what it saves."""
+    """A divergence or an entropy of logits (N, ..., V) with the hand-written backward; the loss, and what it saves."""
 
     @staticmethod
     def forward(
