@@ -192,11 +192,14 @@ def _divergence(input: Tensor, target: Tensor | None, options: Options, reductio
     options = options._replace(kind=int(options.kind), divisor=None if reduction == "none" else divisor)
     if not triton and (_plain_is_best(input) or backend.composite(input, target)):
         return reference.divergence(input, target, options).to(dtype)
-    if input.dim() > 1:
-        return autograd.apply(Divergence, input, target, *options, dtype, triton)[0]
-    rows = (input.unsqueeze(0), None if target is None else target.unsqueeze(0))
-    loss = autograd.apply(Divergence, *rows, *options, dtype, triton)[0]
-    return loss.squeeze(0) if reduction == "none" else loss
+    single = input.dim() == 1
+    if single:
+        input, target = input.unsqueeze(0), None if target is None else target.unsqueeze(0)
+    needed = sum(t is not None and t.requires_grad and 1 << bit for bit, t in enumerate((input, target)))
+    if not torch.is_grad_enabled():
+        needed = 0
+    loss = autograd.apply(Divergence, input, target, *options, needed, dtype, triton)[0]
+    return loss.squeeze(0) if single and reduction == "none" else loss
 
 
 def _plain_is_best(input: Tensor) -> bool:

@@ -85,26 +85,39 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
     return loss, saved
 
 
+def _stored(input: Tensor, target: Tensor | None, needed: int, triton: bool) -> tuple[Tensor, Tensor]:
+    """Where the eager forward leaves gradients, in the dtype of arithmetic; bit 0 of ``needed`` is the input's."""
+    dtype = arithmetic(input, target)
+    return tuple(
+        torch.empty_like(t, dtype=dtype) if t is not None and needed >> bit & 1 and not triton else input.new_empty(0)
+        for bit, t in enumerate((input, target))
+    )  # pyright: ignore[reportReturnType]
+
+
 def _forward(
     input: Tensor, target: Tensor | None, kind: int, temperature: float, beta: float, divisor: int | None,
-    dtype: torch.dtype, triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    needed: int, dtype: torch.dtype, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     options = Options(kind, temperature, beta, divisor)
-    if not input.numel():
-        loss = reference.divergence(input, target, options).to(dtype)
-        return loss, loss.new_empty(_saved_shape(input, kind) if triton else (0,), dtype=arithmetic(input, target))
-    if triton:
-        return _launch_forward(input, target, options, dtype)
-    loss = reference.reduce(eager.forward(input, target, options), options).to(dtype)
-    return loss, loss.new_empty(0, dtype=arithmetic(input, target))
+    stored = _stored(input, target, needed, triton)
+    if triton and input.numel():
+        return *_launch_forward(input, target, options, dtype), *stored
+    if input.numel():
+        wanted = [t if needed >> bit & 1 else None for bit, t in enumerate(stored)]
+        loss = reference.reduce(eager.forward(input, target, options, *wanted), options)
+    else:
+        loss = reference.divergence(input, target, options)
+    saved = input.new_empty(_saved_shape(input, kind) if triton else (0,), dtype=arithmetic(input, target))
+    return loss.to(dtype), saved, *stored
 
 
 def _forward_fake(
     input: Tensor, target: Tensor | None, kind: int, temperature: float, beta: float, divisor: int | None,
-    dtype: torch.dtype, triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    needed: int, dtype: torch.dtype, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     loss = input.new_empty(input.shape[:-1] if divisor is None else (), dtype=dtype)
-    return loss, input.new_empty(_saved_shape(input, kind) if triton else (0,), dtype=arithmetic(input, target))
+    saved = input.new_empty(_saved_shape(input, kind) if triton else (0,), dtype=arithmetic(input, target))
+    return loss, saved, *_stored(input, target, needed, triton)
 
 
 def _launch_backward(
@@ -153,43 +166,42 @@ def _launch_backward(
 
 
 def _backward(
-    input: Tensor, target: Tensor | None, saved: Tensor, grad_loss: Tensor,
-    kind: int, temperature: float, beta: float, divisor: int | None, need_input: bool, need_target: bool, triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    input: Tensor, target: Tensor | None, saved: Tensor, of_input: Tensor, of_target: Tensor, grad_loss: Tensor,
+    kind: int, temperature: float, beta: float, divisor: int | None, needed: int, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     options = Options(kind, temperature, beta, divisor)
-    grad_input = gradient_like(input) if need_input else None
-    grad_target = gradient_like(target) if need_target and target is not None else None
+    grads = [None if t is None or not needed >> bit & 1 else gradient_like(t) for bit, t in enumerate((input, target))]
     if input.numel():
         if triton:
-            _launch_backward(input, target, saved, grad_loss, options, grad_input, grad_target)
+            _launch_backward(input, target, saved, grad_loss, options, *grads)
         else:
-            eager.backward(input, target, grad_loss, options, grad_input, grad_target)
-    return (
-        input.new_empty(0) if grad_input is None else grad_input,
-        input.new_empty(0) if grad_target is None else grad_target,
-    )
+            for stored, grad in zip((of_input, of_target), grads, strict=True):
+                if grad is not None:
+                    eager.backward(stored, grad_loss, divisor, grad)
+    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(
-    input: Tensor, target: Tensor | None, saved: Tensor, grad_loss: Tensor,
-    kind: int, temperature: float, beta: float, divisor: int | None, need_input: bool, need_target: bool, triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (
-        gradient_like(input) if need_input else input.new_empty(0),
-        gradient_like(target) if need_target and target is not None else input.new_empty(0),
+    input: Tensor, target: Tensor | None, saved: Tensor, of_input: Tensor, of_target: Tensor, grad_loss: Tensor,
+    kind: int, temperature: float, beta: float, divisor: int | None, needed: int, triton: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        gradient_like(t) if t is not None and needed >> bit & 1 else input.new_empty(0)
+        for bit, t in enumerate((input, target))
     )
 
 
 _OPTIONS = "int kind, float temperature, float beta, SymInt? divisor"
 
 divergence_forward = register(
-    f"divergence_forward(Tensor input, Tensor? target, {_OPTIONS}, ScalarType dtype, bool triton) -> (Tensor, Tensor)",
+    f"divergence_forward(Tensor input, Tensor? target, {_OPTIONS}, int needed, ScalarType dtype, bool triton)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 divergence_backward = register(
-    f"divergence_backward(Tensor input, Tensor? target, Tensor saved, Tensor grad_loss, {_OPTIONS},"
-    " bool need_input, bool need_target, bool triton) -> (Tensor, Tensor)",
+    f"divergence_backward(Tensor input, Tensor? target, Tensor saved, Tensor of_input, Tensor of_target,"
+    f" Tensor grad_loss, {_OPTIONS}, int needed, bool triton) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -201,32 +213,31 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         input: Tensor, target: Tensor | None, kind: int, temperature: float, beta: float, divisor: int | None,
-        dtype: torch.dtype, triton: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return divergence_forward(input, target, kind, temperature, beta, divisor, dtype, triton)
+        needed: int, dtype: torch.dtype, triton: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return divergence_forward(input, target, kind, temperature, beta, divisor, needed, dtype, triton)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, target, *options, _, ctx.triton = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, target, *options, _, _, ctx.triton = inputs
         ctx.options = Options(*options)
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, output[1])
+        ctx.save_for_backward(input, target, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, options = grads[0], ctx.options
-        input, target, saved = ctx.saved_tensors
-        nothing = (None,) * 6
+        input, target, *rest = ctx.saved_tensors
+        need_input, need_target = ctx.needs_input_grad[:2]
+        nothing = (None,) * 7
         if grad_loss is None:
             return None, None, *nothing
-        need_input, need_target = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             loss = reference.divergence(input, target, options)
             wanted = [t for t, need in ((input, need_input), (target, need_target)) if need]
             found = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
             return next(found) if need_input else None, next(found) if need_target else None, *nothing
-        grad_input, grad_target = divergence_backward(
-            input, target, saved, grad_loss, *options, need_input, need_target, ctx.triton
-        )
-        return grad_input if need_input else None, grad_target if need_target else None, *nothing
+        needed = need_input | need_target << 1
+        found = divergence_backward(input, target, *rest, grad_loss, *options, needed, ctx.triton)
+        return found[0] if need_input else None, found[1] if need_target else None, *nothing
