@@ -126,6 +126,10 @@ def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = F
 _HELD_ROWS = {2: (512, 16), 4: (512, 16), 8: (256, 8)}
 
 
+# For two passes over two operands: 8 elements of each in a thread, which over 8 warps spill.
+PAIR_ROW_TILES = {2: Tile(1024, 4), 4: Tile(1024, 4), 8: Tile(512, 4)}
+
+
 def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
     """Tile that holds a whole row of each of two operands; None where no program can."""
     elements, most = _HELD_ROWS[itemsize]

@@ -1,7 +1,7 @@
 """Kernels of divergences and entropy: forward and backward, by long rows and by tiles of many short or strided ones.
 
 Both traversals share the device functions. ``a`` is the distribution under which a divergence takes its mean, ``b`` the
-other one; a Jensen-Shannon divergence weighs a by ``weight_a``, and an entropy has no b, whose pointers are then a's.
+other one; a Jensen-Shannon divergence weighs the two by ``weights``, and an entropy has no b, whose pointers are then a's.
 
 The state of a lane is a tuple of tensors of one shape:
 
@@ -198,8 +198,8 @@ def _row(state, KIND: tl.constexpr):
 
 
 @triton.jit
-def _mixture(a, b, row, weight_a):
-    """A pair's log-probabilities, the larger one's probability, the smaller's log and factor below it, and its weight."""
+def _mixture(a, b, row, weights):
+    """A pair's log-probabilities, the larger one's probability, the smaller's log below it, and their weights."""
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     log_p = (a - maximum_a) - log_a
     log_q = (b - maximum_b) - log_b
@@ -208,12 +208,16 @@ def _mixture(a, b, row, weight_a):
     difference = tl.where(behind, log_p, log_q) - larger
     # Finite, and 0 where both are -inf.
     difference = tl.maximum(tl.where(larger > -float("inf"), difference, 0.0), -_far(a.dtype))
-    return behind, tl.exp(larger), difference, tl.where(behind, weight_a, 1.0 - weight_a)
+    weight_a, weight_b = weights
+    return (
+        behind, tl.exp(larger), difference,
+        tl.where(behind, weight_b, weight_a), tl.where(behind, weight_a, weight_b),
+    )  # fmt: skip
 
 
 @triton.jit
-def _mixture_excess(difference, weight):
-    """w z log z - m log m for m = 1 + w (z - 1) and z = exp(difference), z and log m; the difference is not positive.
+def _mixture_excess(difference, other, weight):
+    """w z log z - m log m for m = 1 - w + w z and z = exp(difference), z and log m; the difference is not positive.
 
     Computed as w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal
     distributions give 0 and close ones keep their digits.
@@ -221,7 +225,8 @@ def _mixture_excess(difference, weight):
     change, excess = expm1_excess(difference)
     near = tl.where(difference > -0.5, change * difference - excess, (change + 1.0) * difference - change)
     v = weight * change
-    direct = tl.log(1.0 + v)
+    mixture = other + weight * (change + 1.0)
+    direct = tl.log(mixture)
     if v.dtype == tl.float64:
         u = 1.0 + v
         d = u - 1.0
@@ -231,18 +236,18 @@ def _mixture_excess(difference, weight):
         s = v / (2.0 + v)
         rest = atanh_excess(s)
         small = v > -0.5
-        of_mixture = tl.where(small, v * s + 2.0 * (1.0 + v) * rest, (1.0 + v) * direct - v)
+        of_mixture = tl.where(small, v * s + 2.0 * (1.0 + v) * rest, mixture * direct - v)
     return weight * near - of_mixture, change + 1.0, direct
 
 
 @triton.jit
-def _js_terms(a, b, row, weight_a):
-    """A pair's terms of the divergence and of KL(b || mixture)."""
-    behind, larger, difference, weight = _mixture(a, b, row, weight_a)
-    excess, z, log_mixture = _mixture_excess(difference, weight)
+def _js_terms(a, b, row, weights):
+    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture)."""
+    behind, larger, difference, other, weight = _mixture(a, b, row, weights)
+    excess, z, log_mixture = _mixture_excess(difference, other, weight)
     above = -larger * log_mixture
     below = larger * z * (difference - log_mixture)
-    return larger * excess, tl.where(behind, above, below)
+    return larger * excess, tl.where(behind, below, above), tl.where(behind, above, below)
 
 
 @triton.jit
@@ -258,33 +263,34 @@ def _kl_terms(a, b, row):
 
 
 @triton.jit
-def _terms(a, b, row, weight_a, KIND: tl.constexpr):
-    """A pair's term of the divergence; for JS also of the mean under b that the gradient needs."""
+def _terms(a, b, row, weights, KIND: tl.constexpr):
+    """A pair's term of the divergence; for JS also of the two means that the gradient needs."""
     if KIND == JS:
-        term, of_b = _js_terms(a, b, row, weight_a)
+        term, of_a, of_b = _js_terms(a, b, row, weights)
     else:
         term = _kl_terms(a, b, row)
+        of_a = term
         of_b = term
-    return term, of_b
+    return term, of_a, of_b
 
 
 @triton.jit
-def _with_means(row, value, of_b, weight_a):
-    """A row with KL(a || mixture) and KL(b || mixture)."""
+def _with_means(row, of_a, of_b):
     maximum_a, log_a, maximum_b, log_b, _, _ = row
-    return maximum_a, log_a, maximum_b, log_b, (value - (1.0 - weight_a) * of_b) / weight_a, of_b
+    return maximum_a, log_a, maximum_b, log_b, of_a, of_b
 
 
 @triton.jit
-def _gradients(a, b, row, weight_a, KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr):
+def _gradients(a, b, row, weights, KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr):
     """Derivatives of a row's divergence with respect to the logits over the temperature."""
     maximum_a, log_a, maximum_b, log_b, first, second = row
     grad_a = a
     grad_b = b
     if KIND == JS:
-        behind, larger, difference, weight = _mixture(a, b, row, weight_a)
+        behind, larger, difference, other, weight = _mixture(a, b, row, weights)
+        weight_a, weight_b = weights
         z = tl.exp(difference)
-        log_mixture = tl.log(1.0 + weight * (z - 1.0))
+        log_mixture = tl.log(other + weight * z)
         smaller = larger * z
         below = difference - log_mixture
         if GRAD_A:
@@ -292,7 +298,7 @@ def _gradients(a, b, row, weight_a, KIND: tl.constexpr, GRAD_A: tl.constexpr, GR
             grad_a = weight_a * p * (tl.where(behind, below, -log_mixture) - first)
         if GRAD_B:
             q = tl.where(behind, larger, smaller)
-            grad_b = (1.0 - weight_a) * q * (tl.where(behind, -log_mixture, below) - second)
+            grad_b = weight_b * q * (tl.where(behind, -log_mixture, below) - second)
     else:
         below = a - maximum_a
         p = tl.exp(below - log_a)
@@ -369,17 +375,18 @@ def _edges(
 
 @triton.jit
 def _second_pass(
-    tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature, weight_a,
+    tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature, weights,
     KIND: tl.constexpr, WHOLE: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of a row's terms; a WHOLE row but for its edges is at hand as the tail."""
     lane = tl.arange(0, BLOCK)
     if WHOLE:
-        total, of_b = _terms(tail_a, tail_b, values, weight_a, KIND)
+        total, of_a, of_b = _terms(tail_a, tail_b, values, weights, KIND)
     else:
         full = body // BLOCK * BLOCK
         total = tl.zeros((BLOCK,), DTYPE)
+        of_a = total
         of_b = total
         for start in range(0, full, BLOCK):
             cols = start + lane
@@ -387,37 +394,41 @@ def _second_pass(
                 a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
                 inverse_temperature, KIND, False, DTYPE,
             )  # fmt: skip
-            term, term_of_b = _terms(a, b, values, weight_a, KIND)
+            term, term_of_a, term_of_b = _terms(a, b, values, weights, KIND)
             total += term
+            of_a += term_of_a
             of_b += term_of_b
         cols = full + lane
         a, b = _pair(
             a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
             lane < tl.multiple_of(body - full, VEC), inverse_temperature, KIND, True, DTYPE,
         )  # fmt: skip
-        term, term_of_b = _terms(a, b, values, weight_a, KIND)
+        term, term_of_a, term_of_b = _terms(a, b, values, weights, KIND)
         total += term
+        of_a += term_of_a
         of_b += term_of_b
     total = tl.sum(total, axis=0)
+    of_a = tl.sum(of_a, axis=0)
     of_b = tl.sum(of_b, axis=0)
     if RAGGED:
         a, b = _edges(a_first, b_first, head, body, n_cols, inverse_temperature, KIND, VEC, DTYPE)
-        term, term_of_b = _terms(a, b, values, weight_a, KIND)
+        term, term_of_a, term_of_b = _terms(a, b, values, weights, KIND)
         total += tl.sum(term, axis=0)
+        of_a += tl.sum(term_of_a, axis=0)
         of_b += tl.sum(term_of_b, axis=0)
-    return total, of_b
+    return total, of_a, of_b
 
 
 @triton.jit
 def _divergence_forward_rows_kernel(
     a_ptr, b_ptr, loss_ptr, partial_ptr, saved_ptr, shape, a_strides, b_strides, a_stride_col, b_stride_col,
-    n_rows, n_cols, inverse_temperature: tl.float64, weight_a: tl.float64, factor: tl.float64,
+    n_rows, n_cols, inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
     KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr,
     VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program walks one row, a Jensen-Shannon divergence twice unless it holds the WHOLE row."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
-    weight_a = scalar(weight_a, DTYPE)
+    weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     row = tl.program_id(0).to(tl.int64)
     offset = row_offset(row, shape, a_strides)
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
@@ -454,17 +465,17 @@ def _divergence_forward_rows_kernel(
         state = _merge(state, _collapse(_first_state(a, b, KIND), 0, KIND), KIND)
     values, value = _row(state, KIND)
     if KIND == JS:
-        value, of_b = _second_pass(
+        value, of_a, of_b = _second_pass(
             tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature,
-            weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
+            weights, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
         )  # fmt: skip
-        values = _with_means(values, value, of_b, weight_a)
+        values = _with_means(values, of_a, of_b)
     if KIND == KL and tl.float32 == DTYPE:  # noqa: SIM102
         # A condition of its own: the other one is the compiler's.
         if value < _CLOSE:
-            value, _ = _second_pass(
+            value, _, _ = _second_pass(
                 tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values,
-                inverse_temperature, weight_a, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
+                inverse_temperature, weights, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
             )  # fmt: skip
     factor = scalar(factor, DTYPE)
     _finish(values, value, factor, row, row >= 0, row, loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE)
@@ -472,22 +483,22 @@ def _divergence_forward_rows_kernel(
 
 @triton.jit
 def _give(
-    a_pointers, b_pointers, grad_a_pointers, grad_b_pointers, live, values, grad, inverse_temperature, weight_a,
+    a_pointers, b_pointers, grad_a_pointers, grad_b_pointers, live, values, grad, inverse_temperature, weights,
     KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile, from its logits and its rows' numbers."""
     a, b = _pair(a_pointers, b_pointers, live, inverse_temperature, KIND, MASKED, DTYPE)
     _store_gradients(
-        a, b, grad_a_pointers, grad_b_pointers, live, values, grad, weight_a, KIND, GRAD_A, GRAD_B, MASKED
+        a, b, grad_a_pointers, grad_b_pointers, live, values, grad, weights, KIND, GRAD_A, GRAD_B, MASKED
     )  # fmt: skip
 
 
 @triton.jit
 def _store_gradients(
-    a, b, grad_a_pointers, grad_b_pointers, live, values, grad, weight_a,
+    a, b, grad_a_pointers, grad_b_pointers, live, values, grad, weights,
     KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    grad_a, grad_b = _gradients(a, b, values, weight_a, KIND, GRAD_A, GRAD_B)
+    grad_a, grad_b = _gradients(a, b, values, weights, KIND, GRAD_A, GRAD_B)
     if GRAD_A:
         if MASKED:
             tl.store(grad_a_pointers, grad_a * grad, mask=live)
@@ -505,13 +516,13 @@ def _divergence_backward_rows_kernel(
     a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, saved_ptr, grad_loss_ptr, grad_loss_stride,
     shape, a_strides, b_strides, grad_a_strides, grad_b_strides,
     a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col, n_rows, n_cols, n_splits, split_cols,
-    inverse_temperature: tl.float64, weight_a: tl.float64, factor: tl.float64,
+    inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
     KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr,
     VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program writes one row's gradients, or one share of them."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
-    weight_a = scalar(weight_a, DTYPE)
+    weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     row = (tl.program_id(0) // n_splits).to(tl.int64)
     split = tl.program_id(0) % n_splits
     values = _saved(saved_ptr, row, row >= 0, n_rows, KIND)
@@ -531,20 +542,20 @@ def _divergence_backward_rows_kernel(
         _give(
             a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
             grad_a_first + _places(cols, grad_a_stride_col, VEC), grad_b_first + _places(cols, grad_b_stride_col, VEC),
-            lane, values, grad, inverse_temperature, weight_a, KIND, GRAD_A, GRAD_B, False, DTYPE,
+            lane, values, grad, inverse_temperature, weights, KIND, GRAD_A, GRAD_B, False, DTYPE,
         )  # fmt: skip
     cols = full + lane
     _give(
         a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
         grad_a_first + _places(cols, grad_a_stride_col, VEC), grad_b_first + _places(cols, grad_b_stride_col, VEC),
-        lane < tl.multiple_of(end - full, VEC), values, grad, inverse_temperature, weight_a,
+        lane < tl.multiple_of(end - full, VEC), values, grad, inverse_temperature, weights,
         KIND, GRAD_A, GRAD_B, True, DTYPE,
     )  # fmt: skip
     if RAGGED:
         cols = edge_columns(tl.arange(0, 2 * VEC), head, body)
         _give(
             a_first + cols, b_first + cols, grad_a_first + cols, grad_b_first + cols,
-            (cols < n_cols - head) & (split == 0), values, grad, inverse_temperature, weight_a,
+            (cols < n_cols - head) & (split == 0), values, grad, inverse_temperature, weights,
             KIND, GRAD_A, GRAD_B, True, DTYPE,
         )  # fmt: skip
 
@@ -575,14 +586,14 @@ def _chosen(value, total, KIND: tl.constexpr):
 
 
 @triton.jit
-def _whole_rows(a, b, weight_a, KIND: tl.constexpr):
+def _whole_rows(a, b, weights, KIND: tl.constexpr):
     """Numbers of the rows of a tile that holds all their classes, and their divergences."""
     values, value = _row(_collapse(_first_state(a, b, KIND), 1, KIND), KIND)
     if KIND != ENTROPY:
-        total, of_b = _terms(a, b, _wide(values), weight_a, KIND)
+        total, of_a, of_b = _terms(a, b, _wide(values), weights, KIND)
         value = _chosen(value, tl.sum(total, axis=1), KIND)
     if KIND == JS:
-        values = _with_means(values, value, tl.sum(of_b, axis=1), weight_a)
+        values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
     return values, value
 
 
@@ -590,13 +601,13 @@ def _whole_rows(a, b, weight_a, KIND: tl.constexpr):
 def _divergence_forward_tiles_kernel(
     a_ptr, b_ptr, loss_ptr, partial_ptr, saved_ptr, shape, a_strides, b_strides, a_stride_inner, b_stride_inner,
     a_stride_col, b_stride_col, n_inner, inner_tiles, n_rows, n_cols,
-    inverse_temperature: tl.float64, weight_a: tl.float64, factor: tl.float64,
+    inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
     KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program walks the classes of neighbouring rows, so that neighbouring lanes read neighbouring addresses."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
-    weight_a = scalar(weight_a, DTYPE)
+    weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0), BLOCK_ROWS)
     row = outer * n_inner + inner
     a_rows = a_ptr + (row_offset(outer, shape, a_strides) + inner * a_stride_inner)[:, None]
@@ -608,7 +619,7 @@ def _divergence_forward_tiles_kernel(
             a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
             inverse_temperature, KIND, True, DTYPE,
         )  # fmt: skip
-        values, value = _whole_rows(a, b, weight_a, KIND)
+        values, value = _whole_rows(a, b, weights, KIND)
     else:
         state = _initial_state((BLOCK_ROWS, BLOCK_COLS), DTYPE)
         for start in range(0, n_cols, BLOCK_COLS):
@@ -627,6 +638,7 @@ def _divergence_forward_tiles_kernel(
             again = False
         if again:
             total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), DTYPE)
+            of_a = total
             of_b = total
             for start in range(0, n_cols, BLOCK_COLS):
                 cols = (start + lane).to(tl.int64)[None, :]
@@ -634,12 +646,13 @@ def _divergence_forward_tiles_kernel(
                     a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
                     inverse_temperature, KIND, True, DTYPE,
                 )  # fmt: skip
-                term, term_of_b = _terms(a, b, _wide(values), weight_a, KIND)
+                term, term_of_a, term_of_b = _terms(a, b, _wide(values), weights, KIND)
                 total += term
+                of_a += term_of_a
                 of_b += term_of_b
             value = _chosen(value, tl.sum(total, axis=1), KIND)
             if KIND == JS:
-                values = _with_means(values, value, tl.sum(of_b, axis=1), weight_a)
+                values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
     factor = scalar(factor, DTYPE)
     _finish(
         values, value, factor, row, row_live, tl.program_id(0), loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE
@@ -653,13 +666,13 @@ def _divergence_backward_tiles_kernel(
     a_stride_inner, b_stride_inner, grad_a_stride_inner, grad_b_stride_inner,
     a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col,
     n_inner, inner_tiles, n_rows, n_cols, n_splits, split_cols,
-    inverse_temperature: tl.float64, weight_a: tl.float64, factor: tl.float64,
+    inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
     KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradients of neighbouring rows; it finds the numbers of WHOLE rows anew."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
-    weight_a = scalar(weight_a, DTYPE)
+    weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0) // n_splits, BLOCK_ROWS)
     row = outer * n_inner + inner
     grad = tl.load(grad_loss_ptr + row * grad_loss_stride, mask=row_live, other=0.0).to(DTYPE) * scalar(factor, DTYPE)
@@ -675,10 +688,10 @@ def _divergence_backward_tiles_kernel(
         a, b = _pair(
             a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, live, inverse_temperature, KIND, True, DTYPE
         )  # fmt: skip
-        values, _ = _whole_rows(a, b, weight_a, KIND)
+        values, _ = _whole_rows(a, b, weights, KIND)
         _store_gradients(
             a, b, grad_a_rows + cols * grad_a_stride_col, grad_b_rows + cols * grad_b_stride_col, live,
-            _wide(values), grad, weight_a, KIND, GRAD_A, GRAD_B, True,
+            _wide(values), grad, weights, KIND, GRAD_A, GRAD_B, True,
         )  # fmt: skip
     else:
         values = _wide(_saved(saved_ptr, row, row_live, n_rows, KIND))
@@ -689,6 +702,6 @@ def _divergence_backward_tiles_kernel(
             _give(
                 a_rows + cols * a_stride_col, b_rows + cols * b_stride_col,
                 grad_a_rows + cols * grad_a_stride_col, grad_b_rows + cols * grad_b_stride_col,
-                row_live[:, None] & (cols < end), values, grad, inverse_temperature, weight_a,
+                row_live[:, None] & (cols < end), values, grad, inverse_temperature, weights,
                 KIND, GRAD_A, GRAD_B, True, DTYPE,
             )  # fmt: skip

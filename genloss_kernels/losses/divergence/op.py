@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.launch import WHOLE_ROW, held_row_tile, launch
+from ...core.launch import PAIR_ROW_TILES, WHOLE_ROW, Tile, held_row_tile, launch
 from ...core.library import register
 from ...core.reduction import kernel_dtype, launch_reduction
 from ...core.row_plan import Plan, gradient_like, incoming, plan
@@ -62,15 +62,18 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
     partials = torch.empty(p.programs, dtype=acc, device=input.device) if reduce else None
     saved = torch.empty(_saved_shape(input, options.kind), dtype=acc, device=input.device)
     pointers = (a, b, None if reduce else loss, partials, saved if saved.numel() else None)
-    scalars = (1.0 / options.temperature, options.beta, options.temperature**2)
+    scalars = (1.0 / options.temperature, options.beta, 1.0 - options.beta, options.temperature**2)
     flags = {"REDUCE": reduce, "DTYPE": kernel_dtype(acc), **_formula(options)}
     if p.by_rows:
-        held = held_row_tile(p.n_cols, max(t.element_size() for t in operands)) if options.kind == Kind.JS else None
+        held, tile = None, Tile(p.block, p.num_warps)
+        if options.kind == Kind.JS:
+            itemsize = max(t.element_size() for t in operands)
+            held = held_row_tile(p.n_cols, itemsize)
+            tile = PAIR_ROW_TILES[itemsize] if held is None else held
         launch(
             kernels._divergence_forward_rows_kernel, p.programs, input.device,
             *pointers, p.shape, p.strides[0], p.strides[1], a.stride(1), b.stride(1), p.n_rows, p.n_cols, *scalars,
-            WHOLE=held is not None, VEC=p.vec, RAGGED=p.ragged, BLOCK=p.block if held is None else held.block,
-            num_warps=p.num_warps if held is None else held.num_warps, **flags,
+            WHOLE=held is not None, VEC=p.vec, RAGGED=p.ragged, BLOCK=tile.block, num_warps=tile.num_warps, **flags,
         )  # fmt: skip
     else:
         launch(
@@ -143,7 +146,7 @@ def _launch_backward(
     p = p._replace(strides=[a_strides, b_strides, grad_strides[0], grad_strides[-1] if len(written) == 2 else a_strides])
     upstream, upstream_stride = incoming(grad_loss)
     pointers = (*every, saved if saved.numel() else None, upstream, upstream_stride)
-    scalars = (1.0 / options.temperature, options.beta, options.temperature / (options.divisor or 1))
+    scalars = (1.0 / options.temperature, options.beta, 1.0 - options.beta, options.temperature / (options.divisor or 1))
     flags = {
         "GRAD_A": grad_a is not None,
         "GRAD_B": grad_b is not None,
