@@ -172,6 +172,15 @@ def _squared_error(draw: Draw, rows: int) -> Problem:
     return lambda x, t: gk.mse_loss(x, t, weight=weight), (draw.normal(rows, 5), draw.normal(rows, 5))
 
 
+def _students(draw: Draw, rows: int, loss: str = "kl_div_with_logits", **options: Any) -> Problem:
+    function = getattr(gk, loss)
+    return lambda x, y: function(x, y, **options), (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _entropy(draw: Draw, rows: int, **options: Any) -> Problem:
+    return lambda x: gk.categorical_entropy(x, **options), (draw.normal(rows, 5),)
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -202,6 +211,13 @@ def _examples() -> Iterator[Example]:
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
     yield Example("weighted mean", "mse_loss", _squared_error)
+    loss = "kl_div_with_logits"
+    yield Example("forward", loss, lambda draw, rows: _students(draw, rows, temperature=1.5))
+    yield Example("reverse per row", loss, lambda draw, rows: _students(draw, rows, direction="reverse", reduction="none"))
+    loss = "js_div_with_logits"
+    yield Example("mean", loss, lambda draw, rows: _students(draw, rows, loss, beta=0.3, temperature=2.0, reduction="mean"))
+    yield Example("per row", "categorical_entropy", _entropy)
+    yield Example("sum", "categorical_entropy", lambda draw, rows: _entropy(draw, rows, reduction="sum"))
 
 
 EXAMPLES = tuple(_examples())
