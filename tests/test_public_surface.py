@@ -263,7 +263,9 @@ with gk.backend("eager"):
     )
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy(x, y)", "nll_loss(x, y)", "gaussian_kl(x, x)", "mse_loss(x, x)", "js_div_with_logits(x, x)"])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy(x, y)", "nll_loss(x, y)", "gaussian_kl(x, x)", "mse_loss(x, x)", "js_div_with_logits(x, x)"]
+)
 def test_kernels_on_a_cpu_need_the_interpreter(loss: str) -> None:
     source = f"""
 import torch, genloss_kernels as gk
