@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,11 +71,17 @@ class Case:
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        return getattr(functional, self.loss)
+        """The public function; of one with several results the loss alone."""
+        return partial(_loss_of, getattr(functional, self.loss))
 
     def call(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         device = torch.device(device)
         return self.make(torch.Generator(device).manual_seed(seed), device, dtype).fresh()
+
+
+def _loss_of(function: Callable[..., Any], **arguments: Any) -> Tensor:
+    result = function(**arguments)
+    return result if isinstance(result, Tensor) else result.loss
 
 
 def floor_bytes(call: Call, loss: Tensor) -> int:
@@ -248,6 +255,96 @@ def categorical_entropy_usual(logits: Tensor, reduction: str = "mean") -> Tensor
     return _reduced(-(log_p.exp() * log_p).sum(-1), reduction)
 
 
+def vae_loss_oracle(
+    recon: Tensor,
+    target: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    recon_loss: str = "mse",
+    beta: float | Tensor = 1.0,
+    reduction: str = "batchmean",
+    free_bits: float | None = None,
+    capacity: float | None = None,
+) -> Tensor:
+    """Torch's loss of the pixels and the divergence by ``torch.distributions``."""
+    pixels = VAE_RECONSTRUCTION[recon_loss](recon, target, reduction="none")
+    kl = gaussian_kl_oracle(mu, logvar, reduction="none", free_bits=free_bits)
+    terms = [term.flatten(1).sum(1) if term.dim() > 1 else term for term in (pixels, kl)]
+    if capacity is not None:
+        terms[1] = (terms[1] - capacity).abs()
+    if reduction == "mean":
+        return pixels.mean() + beta * (kl.mean() if capacity is None else terms[1].mean())
+    loss = terms[0] + beta * terms[1]
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / mu.size(0)
+
+
+VAE_RECONSTRUCTION = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "bce": F.binary_cross_entropy,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+
+
+def vae_loss_usual(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, recon_loss: str = "mse") -> Tensor:
+    """What most training scripts do."""
+    pixels = VAE_RECONSTRUCTION[recon_loss](recon, target, reduction="sum")
+    return pixels / recon.size(0) + gaussian_kl_usual(mu, logvar)
+
+
+def gan_discriminator_loss_oracle(
+    real: Tensor, fake: Tensor, kind: str = "non_saturating", reduction: str = "mean"
+) -> Tensor:
+    """Binary cross entropy and the like against targets of ones and zeros."""
+    if kind == "relativistic":
+        return F.binary_cross_entropy_with_logits(real - fake, torch.ones_like(real), reduction=reduction)
+    if kind in ("minimax", "non_saturating"):
+        bce = F.binary_cross_entropy_with_logits
+        sides = (bce(s, torch.full_like(s, t), reduction="none") for s, t in ((real, 1.0), (fake, 0.0)))
+    elif kind == "lsgan":
+        sides = ((real - 1.0).square() / 2.0, fake.square() / 2.0)
+    else:
+        sides = (F.relu(1.0 - real), F.relu(1.0 + fake)) if kind == "hinge" else (-real, fake)
+    first, second = sides
+    if reduction == "none":
+        return first + second
+    return first.sum() + second.sum() if reduction == "sum" else first.mean() + second.mean()
+
+
+def gan_generator_loss_oracle(
+    fake: Tensor, kind: str = "non_saturating", real: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The same towards ones."""
+    if kind == "minimax":
+        loss = -F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
+    elif kind in ("non_saturating", "relativistic"):
+        logits = fake if real is None else fake - real
+        loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(fake), reduction="none")
+    else:
+        loss = (fake - 1.0).square() / 2.0 if kind == "lsgan" else -fake
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def gradient_penalty_oracle(grad: Tensor, target: float = 1.0, reduction: str = "mean") -> Tensor:
+    loss = (torch.linalg.vector_norm(grad.flatten(1), dim=1) - target).square()
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def r1_penalty_oracle(grad: Tensor, gamma: float = 10.0, reduction: str = "mean") -> Tensor:
+    loss = 0.5 * gamma * grad.flatten(1).square().sum(1)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def contrastive_divergence_loss_oracle(
+    positive_energy: Tensor, negative_energy: Tensor, l2: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    if reduction == "none":
+        return positive_energy - negative_energy + l2 * (positive_energy.square() + negative_energy.square())
+    reduced = torch.mean if reduction == "mean" else torch.sum
+    squares = reduced(positive_energy.square()) + reduced(negative_energy.square())
+    return reduced(positive_energy) - reduced(negative_energy) + l2 * squares
+
+
 def _logits(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return (torch.randn(shape, generator=generator, device=device) * 3.0).to(dtype)
 
@@ -337,6 +434,34 @@ def _gaussians(*shape: int, general: bool = False, prior: tuple[int, ...] = (), 
     return make
 
 
+def _autoencoder(*shape: int, latents: int, recon_loss: str, annealed: float | None = None, **options: Any) -> Any:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        def uniform() -> Tensor:
+            return torch.rand(shape, generator=generator, device=device).to(dtype)
+
+        arguments = {
+            "recon": uniform() if recon_loss == "bce" else _logits(generator, device, dtype, *shape),
+            "target": uniform(),
+            "mu": torch.randn(shape[0], latents, generator=generator, device=device).to(dtype),
+            "logvar": torch.randn(shape[0], latents, generator=generator, device=device).to(dtype),
+        }
+        if annealed is not None:
+            arguments["beta"] = torch.tensor(annealed, device=device, dtype=dtype)
+        return Call(arguments | {"recon_loss": recon_loss} | options, ("recon", "mu", "logvar"))
+
+    return make
+
+
+def _scores(options: dict[str, Any], **shapes: tuple[int, ...]) -> Callable[..., Call]:
+    """Normal numbers of some size by name, all differentiable."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        tensors = {name: _logits(generator, device, dtype, *shape) for name, shape in shapes.items()}
+        return Call(tensors | options, tuple(tensors))
+
+    return make
+
+
 _DTYPES_32 = (torch.float32,)
 
 
@@ -355,6 +480,12 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "l1_loss": F.l1_loss,
         "smooth_l1_loss": F.smooth_l1_loss,
         "huber_loss": F.huber_loss,
+        "vae_loss": vae_loss_oracle,
+        "gan_discriminator_loss": gan_discriminator_loss_oracle,
+        "gan_generator_loss": gan_generator_loss_oracle,
+        "gradient_penalty": gradient_penalty_oracle,
+        "r1_penalty": r1_penalty_oracle,
+        "contrastive_divergence_loss": contrastive_divergence_loss_oracle,
     }[loss]
     return Case(loss, name, make, oracle, uses=frozenset(uses), **rest)
 
@@ -598,6 +729,68 @@ def _divergences() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def _vae_loss() -> Iterator[Case]:
+    loss, logits = "vae_loss", "bce_with_logits"
+    yield _case(loss, "logits (32, 3, 64, 64) and 128", _autoencoder(32, 3, 64, 64, latents=128, recon_loss=logits), BYTES)
+    yield _case(loss, "logits 37 x 784 and 20", _autoencoder(37, 784, latents=20, recon_loss=logits), DOCTOR)
+    yield _case(loss, "squares, ragged 61 x 5003 and 1021", _autoencoder(61, 5003, latents=1021, recon_loss="mse"), BYTES)
+    yield _case(loss, "squares 7 x 1001 and 33", _autoencoder(7, 1001, latents=33, recon_loss="mse", beta=4.0), DOCTOR)
+    yield _case(loss, "distances", _autoencoder(7, 3, 9, 11, latents=33, recon_loss="l1", reduction="mean"), DOCTOR)
+    yield _case(loss, "probabilities", _autoencoder(7, 3, 9, 11, latents=33, recon_loss="bce", reduction="sum"), DOCTOR)
+    yield _case(
+        loss, "free bits, capacity, annealed beta",
+        _autoencoder(17, 501, latents=101, recon_loss=logits, free_bits=0.5, capacity=120.0, annealed=0.75), DOCTOR,
+    )  # fmt: skip
+    yield _case(
+        loss, "capacity (32, 3, 64, 64) and 4096",
+        _autoencoder(32, 3, 64, 64, latents=4096, recon_loss="mse", capacity=4000.0), BYTES,
+    )  # fmt: skip
+    yield _case(
+        loss, "per sample", _autoencoder(17, 501, latents=33, recon_loss="mse", reduction="none", capacity=40.0), DOCTOR
+    )  # fmt: skip
+    for name, shape, latents in (("digits 128 x 784 and 20", (128, 784), 20), ("pictures", (128, 3, 64, 64), 128)):
+        make = _autoencoder(*shape, latents=latents, recon_loss=logits)
+        yield _case(loss, name, make, BENCH, builtin=vae_loss_usual, dtypes=_DTYPES_32)
+
+
+GAN_KINDS = ("minimax", "non_saturating", "lsgan", "hinge", "wasserstein", "relativistic")
+
+
+def _adversarial() -> Iterator[Case]:
+    loss, patches = "gan_discriminator_loss", (64, 1, 128, 128)
+    yield _case(loss, "patches (64, 1, 128, 128)", _scores({}, real=patches, fake=patches), BYTES)
+    yield _case(loss, "ragged sides", _scores({"kind": "lsgan"}, real=(2**18 + 5,), fake=(2**17 + 3,)), BYTES)
+    for kind in GAN_KINDS:
+        fake = (37, 31) if kind == "relativistic" else (53, 41)
+        yield _case(loss, kind, _scores({"kind": kind}, real=(37, 31), fake=fake), DOCTOR)
+    yield _case(
+        loss, "per element", _scores({"kind": "hinge", "reduction": "none"}, real=(37, 31), fake=(37, 31)), DOCTOR
+    )  # fmt: skip
+    yield _case(loss, "patches", _scores({}, real=patches, fake=patches), BENCH, dtypes=_DTYPES_32)
+    loss = "gan_generator_loss"
+    yield _case(loss, "patches (64, 1, 128, 128)", _scores({}, fake=patches), BYTES)
+    for kind in GAN_KINDS:
+        shapes = {"fake": (37, 31)} | ({"real": (37, 31)} if kind == "relativistic" else {})
+        yield _case(loss, kind, _scores({"kind": kind, "reduction": "sum"}, **shapes), DOCTOR)
+    for loss in ("gradient_penalty", "r1_penalty"):
+        yield _case(loss, "images (32, 3, 64, 64)", _scores({}, grad=(32, 3, 64, 64)), BYTES)
+        yield _case(loss, "vectors 37 x 129", _scores({}, grad=(37, 129)), DOCTOR)
+        yield _case(loss, "per sample", _scores({"reduction": "none"}, grad=(5, 3, 33, 31)), DOCTOR)
+        yield _case(loss, "images", _scores({}, grad=(64, 3, 64, 64)), BENCH, dtypes=_DTYPES_32)
+
+
+def _energy() -> Iterator[Case]:
+    loss, names = "contrastive_divergence_loss", ("positive_energy", "negative_energy")
+
+    def sides(*shapes: tuple[int, ...], **options: Any) -> Callable[..., Call]:
+        return _scores(options, **dict(zip(names, shapes, strict=True)))
+
+    yield _case(loss, "energies 2**19 and 2**18", sides((2**19,), (2**18,), l2=0.1), BYTES)
+    yield _case(loss, "energies 1003 and 517", sides((1003,), (517,), l2=0.1), DOCTOR)
+    yield _case(loss, "per element", sides((37, 31), (37, 31), l2=0.1, reduction="none"), DOCTOR)
+    yield _case(loss, "energies", sides((2**20,), (2**20,), l2=0.1), BENCH, dtypes=_DTYPES_32)
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_linear_cross_entropy(),
@@ -607,6 +800,9 @@ CASES: tuple[Case, ...] = (
     *_regressions(),
     *_gaussian_nll_loss(),
     *_divergences(),
+    *_vae_loss(),
+    *_adversarial(),
+    *_energy(),
 )
 
 

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from .functional import CrossEntropyStats
+from .functional import CrossEntropyStats, VAELossOutput
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "ContrastiveDivergenceLoss",
     "CrossEntropyLoss",
     "FusedLMHead",
+    "GANDiscriminatorLoss",
+    "GANGeneratorLoss",
     "GaussianKLLoss",
     "GaussianNLLLoss",
+    "GradientPenalty",
     "HuberLoss",
     "JSDivWithLogitsLoss",
     "KLDivWithLogitsLoss",
@@ -25,7 +29,9 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
+    "R1Penalty",
     "SmoothL1Loss",
+    "VAELoss",
 ]
 
 _LINEAR_OPTIONS = frozenset(inspect.signature(F.linear_cross_entropy).parameters) - {
@@ -404,3 +410,135 @@ class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         return F.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
+
+
+class VAELoss(torch.nn.Module):
+    """:func:`genloss_kernels.vae_loss` as a module; ``beta`` may be given to the call instead, for annealing.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> image = torch.zeros(2, 4)
+        >>> gk.VAELoss(recon_loss="l1")(image + 0.5, image, torch.zeros(2, 3), torch.zeros(2, 3)).loss
+        tensor(2.)
+    """
+
+    def __init__(
+        self,
+        *,
+        recon_loss: str = "mse",
+        beta: float | Tensor = 1.0,
+        reduction: str = "batchmean",
+        free_bits: float | None = None,
+        capacity: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.recon_loss = recon_loss
+        self.beta = beta
+        self.reduction = reduction
+        self.free_bits = free_bits
+        self.capacity = capacity
+
+    def forward(
+        self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, *, beta: float | Tensor | None = None
+    ) -> VAELossOutput:
+        return F.vae_loss(
+            recon,
+            target,
+            mu,
+            logvar,
+            recon_loss=self.recon_loss,
+            beta=self.beta if beta is None else beta,
+            reduction=self.reduction,
+            free_bits=self.free_bits,
+            capacity=self.capacity,
+        )
+
+
+class GANDiscriminatorLoss(torch.nn.Module):
+    """:func:`genloss_kernels.gan_discriminator_loss` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.GANDiscriminatorLoss("wasserstein")(torch.ones(4), torch.zeros(8))
+        tensor(-1.)
+    """
+
+    def __init__(self, kind: str = "non_saturating", *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.kind = kind
+        self.reduction = reduction
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.gan_discriminator_loss(real, fake, self.kind, reduction=self.reduction)
+
+
+class GANGeneratorLoss(torch.nn.Module):
+    """:func:`genloss_kernels.gan_generator_loss` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.GANGeneratorLoss("hinge")(torch.ones(4))
+        tensor(-1.)
+    """
+
+    def __init__(self, kind: str = "non_saturating", *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.kind = kind
+        self.reduction = reduction
+
+    def forward(self, fake: Tensor, *, real: Tensor | None = None) -> Tensor:
+        return F.gan_generator_loss(fake, self.kind, real=real, reduction=self.reduction)
+
+
+class GradientPenalty(torch.nn.Module):
+    """:func:`genloss_kernels.gradient_penalty` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.GradientPenalty()(torch.tensor([[3.0, 4.0]]))
+        tensor(16.)
+    """
+
+    def __init__(self, *, target: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.target = target
+        self.reduction = reduction
+
+    def forward(self, grad: Tensor) -> Tensor:
+        return F.gradient_penalty(grad, target=self.target, reduction=self.reduction)
+
+
+class R1Penalty(torch.nn.Module):
+    """:func:`genloss_kernels.r1_penalty` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.R1Penalty(gamma=2.0)(torch.tensor([[3.0, 4.0]]))
+        tensor(25.)
+    """
+
+    def __init__(self, *, gamma: float = 10.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.reduction = reduction
+
+    def forward(self, grad: Tensor) -> Tensor:
+        return F.r1_penalty(grad, gamma=self.gamma, reduction=self.reduction)
+
+
+class ContrastiveDivergenceLoss(torch.nn.Module):
+    """:func:`genloss_kernels.contrastive_divergence_loss` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.ContrastiveDivergenceLoss(l2=0.5)(torch.ones(4), torch.zeros(8))
+        tensor(1.5000)
+    """
+
+    def __init__(self, *, l2: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.l2 = l2
+        self.reduction = reduction
+
+    def forward(self, positive_energy: Tensor, negative_energy: Tensor) -> Tensor:
+        return F.contrastive_divergence_loss(positive_energy, negative_energy, l2=self.l2, reduction=self.reduction)

@@ -22,7 +22,7 @@ from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
 DISTILL, JS, ENTROPY = "kl_div_with_logits", "js_div_with_logits", "categorical_entropy"
-LOSSES = (CE, NLL, BCE, KL, DISTILL, JS, ENTROPY)
+TABLED = (CE, NLL, BCE, KL, DISTILL, JS, ENTROPY)
 
 BOTH = ("eager", "triton")
 
@@ -265,7 +265,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", m
 
 def test_the_table_is_large() -> None:
     assert len(ROWS) >= 200
-    assert {row.loss for row in ROWS} == set(LOSSES)
+    assert {row.loss for row in ROWS} == set(TABLED)
 
 
 def _placed(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _assert_torchs_type(row: Row, error: Exception) -> None:
 
 
 @backends
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TABLED)
 def test_the_good_call_is_good(loss: str, backend: str, device: torch.device) -> None:
     """So that each row fails for what it replaces; and a failed call leaves the next one alone."""
     function, arguments = getattr(gk, loss), _placed(good(loss), device)

@@ -78,7 +78,7 @@ def _kind(view: Tensor | None, sizes: tuple[int, ...], strides: tuple[int, ...])
     return _DENSE if strides == contiguous_strides(sizes) else _STRIDED
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     programs: int
     block: int
     num_warps: int
@@ -87,14 +87,15 @@ class _Grid(NamedTuple):
     segments: int
 
 
-def _grid(shape: torch.Size, itemsize: int, *, by_sample: bool) -> _Grid:
+def grid_for(shape: torch.Size, itemsize: int, *, by_sample: bool) -> Grid:
+    """Programs over ``shape``, none of which covers two samples where results are ``by_sample``."""
     tile = ELEMENTWISE_TILES[itemsize]
     n_elements = shape.numel()
     sample_size = n_elements // shape[0] if by_sample and shape[0] else n_elements
     chunk = tile.block * max(1, min(TILES_PER_PROGRAM, sample_size // tile.block))
     segments = -(-sample_size // chunk)
     programs = segments * shape[0] if by_sample else segments
-    return _Grid(programs, tile.block, tile.num_warps, chunk, sample_size, segments)
+    return Grid(programs, tile.block, tile.num_warps, chunk, sample_size, segments)
 
 
 def arithmetic(tensors: Sequence[Tensor | None]) -> torch.dtype:
@@ -103,7 +104,8 @@ def arithmetic(tensors: Sequence[Tensor | None]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _itemsize(tensors: Sequence[Tensor | None]) -> int:
+def widest(tensors: Sequence[Tensor | None]) -> int:
+    """Bytes of the largest floating point element."""
     return max(t.element_size() for t in tensors if t is not None and t.is_floating_point())
 
 
@@ -128,7 +130,7 @@ def forward(
     shape, device = operands.shape, next(t.device for t in operands.tensors if t is not None)
     acc = arithmetic(operands.tensors)
     by_sample, store = reduction == Reduction.SAMPLE, reduction == Reduction.NONE
-    grid = _grid(shape, _itemsize(operands.tensors), by_sample=by_sample)
+    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample)
     path = walk([*operands.tensors, operands.mask], shape, grid.block, by_sample=by_sample)
     count = operands.mask is not None and reduction == Reduction.MEAN
     loss = dense(path, shape, dtype, device) if store else None
@@ -182,7 +184,7 @@ def backward(
     shape, device = operands.shape, grad.device
     by_sample = reduction == Reduction.SAMPLE
     acc = arithmetic(operands.tensors)
-    grid = _grid(shape, _itemsize(operands.tensors), by_sample=by_sample)
+    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample)
     upstream = None if by_sample else grad
     path = walk([*operands.tensors, operands.mask, upstream], shape, grid.block, by_sample=by_sample)
     tensors = [*path.tensors[:5], grad if by_sample else path.tensors[5]]

@@ -60,15 +60,15 @@ def _operand(
 
 
 @triton.jit
-def _span(n_elements, sample_size, segments, chunk, SAMPLE: tl.constexpr):
-    """Sample and flat range of this program."""
+def span(program, n_elements, sample_size, segments, chunk, SAMPLE: tl.constexpr):
+    """Sample and flat range of a program."""
     if SAMPLE:
-        sample = (tl.program_id(0) // segments).to(tl.int64)
-        low = sample * sample_size + (tl.program_id(0) % segments).to(tl.int64) * chunk
+        sample = (program // segments).to(tl.int64)
+        low = sample * sample_size + (program % segments).to(tl.int64) * chunk
         high = tl.minimum(low + chunk, (sample + 1) * sample_size)
     else:
         sample = tl.full((), 0, tl.int64)
-        low = tl.program_id(0).to(tl.int64) * chunk
+        low = program.to(tl.int64) * chunk
         high = tl.minimum(low + chunk, n_elements)
     return sample, low, high
 
@@ -104,17 +104,12 @@ def _value_tile(
 
 
 @triton.jit
-def _elementwise_forward_kernel(
-    operands, shape, magics, strides, loss_ptr, partials, n_elements, sample_size, segments, chunk,
-    s0: tl.float64, s1: tl.float64, s2: tl.float64,
+def evaluate(
+    operands, low, high, shape, magics, strides, loss_ptr, s0, s1, s2,
     VALUE: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr, SMALL: tl.constexpr,
-    STORE: tl.constexpr, SAMPLE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    STORE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Value of each element, or its sum over what this program covers."""
-    s0 = scalar(s0, DTYPE)
-    s1 = scalar(s1, DTYPE)
-    s2 = scalar(s2, DTYPE)
-    _, low, high = _span(n_elements, sample_size, segments, chunk, SAMPLE)
+    """Values from ``low`` to ``high``, stored or added up by lane, and by lane how many the mask keeps."""
     start = tl.multiple_of(low // 16 * 16, 16)
     total = tl.zeros((BLOCK,), DTYPE)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -132,6 +127,24 @@ def _elementwise_forward_kernel(
             )  # fmt: skip
         total += value
         count += kept
+    return total, count
+
+
+@triton.jit
+def _elementwise_forward_kernel(
+    operands, shape, magics, strides, loss_ptr, partials, n_elements, sample_size, segments, chunk,
+    s0: tl.float64, s1: tl.float64, s2: tl.float64,
+    VALUE: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr, SMALL: tl.constexpr,
+    STORE: tl.constexpr, SAMPLE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Value of each element, or its sum over what this program covers."""
+    s0 = scalar(s0, DTYPE)
+    s1 = scalar(s1, DTYPE)
+    s2 = scalar(s2, DTYPE)
+    _, low, high = span(tl.program_id(0), n_elements, sample_size, segments, chunk, SAMPLE)
+    total, count = evaluate(
+        operands, low, high, shape, magics, strides, loss_ptr, s0, s1, s2, VALUE, FLAGS, KINDS, SMALL, STORE, DTYPE, BLOCK
+    )
     if not STORE:
         tl.store(partials[0] + tl.program_id(0), tl.sum(total, axis=0))
     if COUNT:
@@ -141,6 +154,9 @@ def _elementwise_forward_kernel(
 @triton.jit
 def _store_gradient(pointer, position, gradient, live, MASKED: tl.constexpr):
     if pointer is not None:
+        if pointer.dtype.element_ty == tl.bfloat16:
+            # There is no way from fp64 to bf16 but through fp32.
+            gradient = gradient.to(tl.float32)
         if MASKED:
             tl.store(pointer + position, gradient, mask=live)
         else:
@@ -183,6 +199,28 @@ def _gradient_tile(
 
 
 @triton.jit
+def differentiate(
+    operands, grads, upstream, low, high, shape, magics, strides, by, s0, s1, s2,
+    GRADIENT: tl.constexpr, FLAGS: tl.constexpr, KINDS: tl.constexpr, SMALL: tl.constexpr,
+    SAMPLE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients from ``low`` to ``high``, times ``upstream`` (if not SAMPLE the sixth operand), divided ``by``."""
+    start = tl.multiple_of(low // 16 * 16, 16)
+    for tile in range(tl.cdiv(high - start, BLOCK).to(tl.int32)):
+        base = start + tl.cast(tile, tl.int64) * BLOCK
+        if (base >= low) & (base + BLOCK <= high):
+            _gradient_tile(
+                operands, grads, upstream, base, low, high, shape, magics, strides, by, s0, s1, s2,
+                GRADIENT, FLAGS, KINDS, SMALL, SAMPLE, False, DTYPE, BLOCK,
+            )  # fmt: skip
+        else:
+            _gradient_tile(
+                operands, grads, upstream, base, low, high, shape, magics, strides, by, s0, s1, s2,
+                GRADIENT, FLAGS, KINDS, SMALL, SAMPLE, True, DTYPE, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
 def _elementwise_backward_kernel(
     operands, grads, shape, magics, strides, divisor_ptr, n_elements, sample_size, segments, chunk, upstream_stride,
     divisor: tl.float64, s0: tl.float64, s1: tl.float64, s2: tl.float64,
@@ -197,23 +235,14 @@ def _elementwise_backward_kernel(
         by = scalar(divisor, DTYPE)
     else:
         by = tl.load(divisor_ptr).to(DTYPE)
-    sample, low, high = _span(n_elements, sample_size, segments, chunk, SAMPLE)
+    sample, low, high = span(tl.program_id(0), n_elements, sample_size, segments, chunk, SAMPLE)
     upstream = tl.full((), 0.0, DTYPE)
     if SAMPLE:
         upstream += tl.load(operands[5] + sample * upstream_stride).to(DTYPE)
-    start = tl.multiple_of(low // 16 * 16, 16)
-    for tile in range(tl.cdiv(high - start, BLOCK).to(tl.int32)):
-        base = start + tl.cast(tile, tl.int64) * BLOCK
-        if (base >= low) & (base + BLOCK <= high):
-            _gradient_tile(
-                operands, grads, upstream, base, low, high, shape, magics, strides, by, s0, s1, s2,
-                GRADIENT, FLAGS, KINDS, SMALL, SAMPLE, False, DTYPE, BLOCK,
-            )  # fmt: skip
-        else:
-            _gradient_tile(
-                operands, grads, upstream, base, low, high, shape, magics, strides, by, s0, s1, s2,
-                GRADIENT, FLAGS, KINDS, SMALL, SAMPLE, True, DTYPE, BLOCK,
-            )  # fmt: skip
+    differentiate(
+        operands, grads, upstream, low, high, shape, magics, strides, by, s0, s1, s2,
+        GRADIENT, FLAGS, KINDS, SMALL, SAMPLE, DTYPE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit

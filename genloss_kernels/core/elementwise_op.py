@@ -46,12 +46,18 @@ class Formulas(NamedTuple):
 _formulas: dict[str, Formulas] = {}
 
 
+def formulas_of(name: str) -> Formulas:
+    return _formulas[name]
+
+
 def register_formulas(name: str, formulas: Formulas) -> None:
     _formulas[name] = formulas
 
 
-def by_reference(kernels: Callable[[], tuple[Any, Any]], reference: Callable[..., Tensor]) -> Formulas:
-    """Formulas of a loss whose eager path is its reference, differentiated by autograd block by block."""
+def by_slopes(
+    kernels: Callable[[], tuple[Any, Any]], reference: Callable[..., Tensor], slopes: Callable[..., Sequence[Tensor | None]]
+) -> Formulas:
+    """Formulas of a loss whose eager path is its reference, and ``slopes``, its derivatives in each operand, in blocks."""
 
     def value(*arguments: Any) -> Tensor:
         return reference(*arguments[:-1])
@@ -60,18 +66,10 @@ def by_reference(kernels: Callable[[], tuple[Any, Any]], reference: Callable[...
         return value(*arguments[:-1]).sum()
 
     def gradient(*arguments: Any) -> None:
-        *tensors, scalars, flags, _, grad, outputs, _ = arguments
-        # Outputs have the broadcast shape; so must the leaves, or autograd would sum what is summed again later.
-        leaves: list[Any] = [
-            t if t is None or o is None else t.detach().expand(o.shape).requires_grad_()
-            for t, o in zip(tensors, outputs, strict=True)
-        ]
-        with torch.enable_grad():
-            result = reference(*leaves, scalars, flags)
-        pairs = [(leaf, o) for leaf, o in zip(leaves, outputs, strict=True) if o is not None]
-        grads = torch.autograd.grad(result, [leaf for leaf, _ in pairs], torch.as_tensor(grad).to(result).expand_as(result))
-        for (_, output), found in zip(pairs, grads, strict=True):
-            output.copy_(found)
+        *formula, _, grad, outputs, _ = arguments
+        for output, slope in zip(outputs, slopes(*formula), strict=True):
+            if output is not None and slope is not None:
+                torch.mul(slope, grad, out=output)
 
     return Formulas(kernels, reference, value, total, gradient)
 
@@ -94,7 +92,7 @@ def _blocks(tensors: Sequence[Tensor | None], shape: torch.Size, *, by_sample: b
         yield [None if v is None else v[index] for v in views]
 
 
-def _eager_forward(
+def eager_forward(
     formulas: Formulas, operands: Operands, scalars: Scalars, flags: int, reduction: Reduction, dtype: torch.dtype,
     saved: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -148,7 +146,7 @@ def _add_sums(sums: Tensor, value: Tensor) -> None:
         sums[(slice(None), *[0] * (sums.dim() - 1))].add_(value.flatten(1).sum(1) if value.dim() > 1 else value)
 
 
-def _eager_backward(
+def eager_backward(
     formulas: Formulas, operands: Operands, grad: Tensor, kept: Tensor, scalars: Scalars, flags: int,
     reduction: Reduction, needed: Sequence[bool], saved: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:  # fmt: skip
@@ -201,7 +199,7 @@ def _forward(
     if triton:
         value, _ = formulas.kernels()
         return elementwise.forward(value, operands, (s0, s1, s2), flags, Reduction(reduction), dtype)
-    return _eager_forward(formulas, operands, (s0, s1, s2), flags, Reduction(reduction), dtype)
+    return eager_forward(formulas, operands, (s0, s1, s2), flags, Reduction(reduction), dtype)
 
 
 def _forward_fake(
@@ -232,7 +230,7 @@ def _backward(
         _, gradient = formulas.kernels()
         grads = elementwise.backward(gradient, operands, grad, kept, scalars, flags, Reduction(reduction), needed)
     else:
-        grads = _eager_backward(formulas, operands, grad, kept, scalars, flags, Reduction(reduction), needed)
+        grads = eager_backward(formulas, operands, grad, kept, scalars, flags, Reduction(reduction), needed)
     first, second, third, fourth = (a.new_empty(0) if g is None else g for g in grads)
     return first, second, third, fourth
 
@@ -278,7 +276,7 @@ class Elementwise(torch.autograd.Function):
         operands = Operands((a, b, c, d), None, broadcast_shape((a, b, c, d)))
         saved = [torch.empty_like(a, dtype=torch.float32) for _ in range(saves)]
         scalars = s0, s1, s2
-        return *_eager_forward(_formulas[loss], operands, scalars, flags, Reduction(reduction), dtype, saved), *saved
+        return *eager_forward(_formulas[loss], operands, scalars, flags, Reduction(reduction), dtype, saved), *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -303,7 +301,7 @@ class Elementwise(torch.autograd.Function):
             result = [next(found) if need else None for need in needed]
         elif saved:
             operands = Operands(tensors, None, a.shape)
-            result = _eager_backward(
+            result = eager_backward(
                 _formulas[ctx.loss], operands, grad, kept, ctx.scalars, ctx.flags, Reduction(ctx.reduction), needed, saved
             )
         else:
@@ -314,7 +312,7 @@ class Elementwise(torch.autograd.Function):
         return None, *result, *(None,) * 9
 
 
-def _saves(loss: str, tensors: Sequence[Tensor | None], flags: int, reduction: Reduction) -> int:
+def savable(loss: str, tensors: Sequence[Tensor | None], flags: int, reduction: Reduction) -> int:
     """How many tensors the eager forward keeps for the backward: none where the operands broadcast, or nothing is summed."""
     first = tensors[0]
     if first is None or reduction not in (Reduction.MEAN, Reduction.SUM, Reduction.BATCHMEAN):
@@ -363,6 +361,6 @@ def apply(
     """The loss by its operators, or ``by_reference`` under vmap and forward-mode AD, which cannot see through those."""
     if by_reference:
         return reduced(loss, tensors, mask, scalars, flags, reduction).to(dtype)
-    saves = 0 if triton or mask is not None else _saves(loss, tensors, flags, reduction)
+    saves = 0 if triton or mask is not None else savable(loss, tensors, flags, reduction)
     result, *_ = autograd.apply(Elementwise, loss, *tensors, mask, *scalars, flags, int(reduction), dtype, triton, saves)
     return result

@@ -37,7 +37,7 @@ def atanh_excess(s):
 
 @triton.jit
 def log1p_unit(z):
-    """log(1 + z) for z in [0, 1], to the last digits at small z, with one special function in fp32.
+    """log(1 + z) for z in [-1/2, 1], to the last digits at small z, with one special function in fp32.
 
     There 2 atanh(s) at s = z / (2 + z).
     """

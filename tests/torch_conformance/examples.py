@@ -190,6 +190,63 @@ def _entropy(draw: Draw, rows: int, **options: Any) -> Problem:
     return lambda x: gk.categorical_entropy(x, **options), (draw.normal(rows, 5),)
 
 
+def _autoencoder(recon_loss: str, **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        def loss(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+            if recon_loss == "bce":
+                recon, target = recon.sigmoid(), target.sigmoid()
+            found = gk.vae_loss(recon, target, mu, logvar, recon_loss=recon_loss, **options)
+            return found.loss + 0.25 * found.recon - 0.5 * found.kl
+
+        shapes = (rows, 3, 2), (rows, 3, 2), (rows, 5), (rows, 5)
+        return loss, tuple(draw.normal(*shape) for shape in shapes)
+
+    return make
+
+
+def _annealed(draw: Draw, rows: int) -> Problem:
+    beta = draw.positive()
+
+    def loss(recon: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return gk.vae_loss(recon, torch.zeros_like(recon), mu, logvar, beta=beta).loss
+
+    return loss, (draw.normal(rows, 6), draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _discriminator(kind: str, extra: int = 1, **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        # Away from the margins of the hinge.
+        scores = draw.normal(rows, 3) * 0.2, draw.normal(rows, 2 + extra) * 0.2
+        return lambda real, fake: gk.gan_discriminator_loss(real, fake, kind, **options), scores
+
+    return make
+
+
+def _generator(draw: Draw, rows: int) -> Problem:
+    return lambda fake: gk.gan_generator_loss(fake, "minimax"), (draw.normal(rows, 3),)
+
+
+def _relativistic(draw: Draw, rows: int) -> Problem:
+    scores = draw.normal(rows, 3), draw.normal(rows, 3)
+    return lambda fake, real: gk.gan_generator_loss(fake, "relativistic", real=real, reduction="none"), scores
+
+
+def _gradient_penalty(draw: Draw, rows: int) -> Problem:
+    return lambda grad: gk.gradient_penalty(grad, target=0.5), (draw.normal(rows, 3, 2),)
+
+
+def _r1_penalty(draw: Draw, rows: int) -> Problem:
+    return lambda grad: gk.r1_penalty(grad, gamma=3.0, reduction="none"), (draw.normal(rows, 3, 2),)
+
+
+def _energies(reduction: str) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        sides = draw.normal(rows, 3), draw.normal(rows, 3)
+        return lambda a, b: gk.contrastive_divergence_loss(a, b, l2=0.3, reduction=reduction), sides
+
+    return make
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -233,6 +290,22 @@ def _examples() -> Iterator[Example]:
     yield Example("mean", loss, lambda draw, rows: _students(draw, rows, loss, beta=0.3, temperature=2.0, reduction="mean"))
     yield Example("per row", "categorical_entropy", _entropy)
     yield Example("sum", "categorical_entropy", lambda draw, rows: _entropy(draw, rows, reduction="sum"))
+    loss = "vae_loss"
+    yield Example("logits", loss, _autoencoder("bce_with_logits", beta=2.0))
+    yield Example("probabilities, free bits", loss, _autoencoder("bce", free_bits=0.3, reduction="mean"))
+    yield Example("distances, capacity", loss, _autoencoder("l1", capacity=9.0, reduction="sum"))
+    yield Example("squares per sample", loss, _autoencoder("mse", capacity=9.0, reduction="none"))
+    yield Example("annealed beta", loss, _annealed)
+    loss = "gan_discriminator_loss"
+    yield Example("logistic", loss, _discriminator("non_saturating"))
+    yield Example("least squares", loss, _discriminator("lsgan", 2, reduction="sum"))
+    yield Example("hinge per element", loss, _discriminator("hinge", reduction="none"))
+    yield Example("saturating", "gan_generator_loss", _generator)
+    yield Example("relativistic", "gan_generator_loss", _relativistic)
+    yield Example("squared distance", "gradient_penalty", _gradient_penalty)
+    yield Example("per sample", "r1_penalty", _r1_penalty)
+    yield Example("mean", "contrastive_divergence_loss", _energies("mean"))
+    yield Example("per element", "contrastive_divergence_loss", _energies("none"))
 
 
 EXAMPLES = tuple(_examples())

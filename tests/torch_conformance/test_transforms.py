@@ -183,6 +183,40 @@ def test_opcheck_linear_cross_entropy(soft: bool, dtype: torch.dtype, path: str,
         )  # fmt: skip
 
 
+def _pair_arguments(draw: Draw, which: str) -> tuple[list[Any], list[Any]]:
+    """Both terms, and how they are added up."""
+    a, b, c, d = draw.normal(4, 6), draw.positive(4, 6), draw.normal(4, 3), draw.normal(4, 3)
+    match which:
+        case "batchmean":
+            return ["mse_loss", a, b, 0.0, 0, GAUSSIAN, c, d, 0.0, 0], [0.5, None, None, int(Reduction.BATCHMEAN)]
+        case "capacity, beta on the device":
+            return [BINARY, a, b, 0.0, 0, GAUSSIAN, c, d[:1], 0.2, 4], [1.0, draw.positive(), 3.0, SUM]
+        case "per sample":
+            return [BINARY, a, b, 0.0, 0, GAUSSIAN, c, d, 0.2, 4], [2.0, None, 3.0, SAMPLE]
+    return ["adversarial", a, None, 0.0, 0, "adversarial", c, None, 0.0, 8], [1.0, None, None, MEAN]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["batchmean", "capacity, beta on the device", "per sample", "one operand each"])
+def test_opcheck_pair(which: str, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    terms, rule = _pair_arguments(Draw(device, torch.float32), which)
+    terms = [t.to(dtype) if isinstance(t, Tensor) else t for t in terms]
+    triton = path == "triton"
+    loss, first, second, sums = _check(torch.ops.genloss.pair_forward.default, *terms, *rule, dtype, triton)
+    needed = [isinstance(terms[place], Tensor) for place in (1, 2, 6, 7)]
+    upstream = [torch.ones_like(t) for t in (loss, first, second)]
+    _check(torch.ops.genloss.pair_backward.default, *terms, sums, *upstream, *rule, needed, triton)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("gamma", "reduction"), [(None, MEAN), (3.0, NONE)])
+def test_opcheck_penalty(gamma: float | None, reduction: int, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    grad, triton = Draw(device, torch.float32).normal(4, 3, 2).to(dtype), path == "triton"
+    loss, norms = _check(torch.ops.genloss.penalty_forward.default, grad, 1.0, gamma, reduction, dtype, triton)
+    upstream = torch.ones_like(loss)
+    _check(torch.ops.genloss.penalty_backward.default, grad, norms, upstream, 1.0, gamma, reduction, triton)
+
+
 @pytest.fixture
 def alone() -> Iterator[str]:
     """A process group of this process, by name."""
@@ -240,7 +274,7 @@ def test_opcheck_divergence(kind: Kind, dtype: torch.dtype, path: str, device: t
 
 def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
-    families = ("cross_entropy", "divergence", "elementwise", "nll_loss")
+    families = ("cross_entropy", "divergence", "elementwise", "nll_loss", "pair", "penalty")
     both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
     both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("reduced", "rows", "rows_backward")}
     ways = ("forward", "backward", "linear_reduced", "linear_rows", "linear_rows_backward", "sum")
@@ -293,6 +327,8 @@ COMPILED_BY_INDUCTOR = (
     ("nll_loss", "weighted mean"),
     ("binary_cross_entropy_with_logits", "weighted smoothed masked"),
     ("gaussian_kl", "capacity"),
+    ("vae_loss", "distances, capacity"),
+    ("gradient_penalty", "squared distance"),
 )
 
 
@@ -387,7 +423,18 @@ def test_batch_sizes(dynamic: bool | None, compiles: list[bool], path: str, devi
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compiler_name", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits", "gaussian_kl"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "gaussian_kl",
+        "vae_loss",
+        "gan_discriminator_loss",
+        "gradient_penalty",
+        "contrastive_divergence_loss",
+    ],
+)
 def test_compiled_second_derivative_raises(loss: str, compiler_name: str, path: str, device: torch.device) -> None:
     function, tensors = select(loss)[0].problem(device)
     found = torch.compile(function, fullgraph=True, backend=compiler_name)(*tensors)

@@ -1,9 +1,9 @@
-"""Formulas of binary cross entropy with logits: operands are logits, target, weight and pos_weight."""
+"""Formulas of binary cross entropy: operands are logits (or probabilities), target, weight and pos_weight."""
 
 import triton
 import triton.language as tl
 
-from ...core.triton_math import softplus_sigmoid
+from ...core.triton_math import log1p_unit, softplus_sigmoid
 
 
 @triton.jit
@@ -28,3 +28,29 @@ def binary_cross_entropy_gradient(x, t, weight, pos_weight, smoothing, s1, s2, F
     dx = a * probability - b * complement
     dt = weight * (1.0 - smoothing) * (pos_weight * below - above)
     return dx, dt, dx, dt
+
+
+@triton.jit
+def _logarithms(p):
+    """log(p) and log(1 - p), each to the last digits at both ends, and at least -100 as torch has them."""
+    low = p < 0.5
+    # Exact: for p above a half by Sterbenz' lemma.
+    rare = tl.where(low, p, 1.0 - p)
+    common = log1p_unit(-rare)
+    rarely = tl.log(rare)
+    rarely = tl.where(rarely < -100.0, -100.0, rarely)
+    return tl.where(low, rarely, common), tl.where(low, common, rarely)
+
+
+@triton.jit
+def probability_value(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
+    log_p, log_q = _logarithms(p)
+    return -weight * (t * log_p + (1.0 - t) * log_q)
+
+
+@triton.jit
+def probability_gradient(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
+    log_p, log_q = _logarithms(p)
+    variance = (1.0 - p) * p
+    dp = weight * (p - t) / tl.where(variance < 1e-12, 1e-12, variance)
+    return dp, weight * (log_q - log_p), dp, dp

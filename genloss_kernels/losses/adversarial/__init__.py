@@ -1,0 +1,1 @@
+"""Losses of generative adversarial networks, and the penalties on their discriminators' gradients."""

@@ -1,0 +1,139 @@
+"""Launching the penalties, their operators and their autograd.Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.elementwise import Grid, Walk, dense, grid_for, walk
+from ...core.launch import REDUCTION_TILE, launch
+from ...core.library import register
+from ...core.reduction import Reduction
+from .reference import norms, penalties
+
+# In fp64 as many elements spill as in a tile of that.
+_ITEMSIZE = 8
+
+
+def _paths(grad: Tensor) -> tuple[Walk, Grid, tuple[int, int, int, int]]:
+    grid = grid_for(grad.shape, _ITEMSIZE, by_sample=True)
+    path = walk([grad, None, None, None, None], grad.shape, grid.block, by_sample=True)
+    return path, grid, (grad.numel(), grid.sample_size, grid.segments, grid.chunk)
+
+
+def _reduce(value: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == Reduction.NONE:
+        return value
+    return value.sum() / (value.size(0) if reduction == Reduction.MEAN else 1)
+
+
+def _forward(
+    grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
+) -> tuple[Tensor, Tensor]:
+    if not triton:
+        return _reduce(penalties(grad, target, gamma), Reduction(reduction)).to(dtype), norms(grad)
+    from .kernels import _penalty_kernel, _penalty_squares_kernel
+
+    path, grid, sizes = _paths(grad)
+    n_samples, device, store = grad.size(0), grad.device, reduction == Reduction.NONE
+    partials = torch.empty(grid.programs, dtype=torch.float64, device=device)
+    launch(
+        _penalty_squares_kernel, grid.programs, device, tuple(path.tensors), path.sizes, path.magics, tuple(path.strides),
+        partials, *sizes, KINDS=path.kinds, SMALL=path.small, BLOCK=grid.block, num_warps=grid.num_warps,
+    )  # fmt: skip
+    found = torch.empty(n_samples, dtype=torch.float64, device=device)
+    loss = torch.empty(n_samples if store else (), dtype=dtype, device=device)
+    launch(
+        _penalty_kernel, -(-n_samples // REDUCTION_TILE.block) if store else 1, device, partials, found, loss, n_samples,
+        grid.segments, target, gamma or 0.0, float(n_samples) if reduction == Reduction.MEAN else 1.0,
+        R1=gamma is not None, STORE=store, BLOCK=REDUCTION_TILE.block, num_warps=REDUCTION_TILE.num_warps,
+    )  # fmt: skip
+    return loss, found
+
+
+def _forward_fake(
+    grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
+) -> tuple[Tensor, Tensor]:
+    samples = grad.shape[:1]
+    loss = grad.new_empty(samples if reduction == Reduction.NONE else (), dtype=dtype)
+    return loss, grad.new_empty(samples, dtype=torch.float64)
+
+
+def _backward(
+    grad: Tensor, found: Tensor, upstream: Tensor, target: float, gamma: float | None, reduction: int, triton: bool
+) -> Tensor:
+    divisor = float(grad.size(0)) if reduction == Reduction.MEAN else 1.0
+    if not triton:
+        factor = upstream.double() / divisor
+        if gamma is None:
+            factor = factor * 2.0 * (found - target) * torch.where(found == 0.0, 0.0, 1.0 / found)
+        else:
+            factor = (factor * gamma).expand(grad.shape[:1])
+        wide = grad.double() * factor.view(-1, *[1] * (grad.dim() - 1))
+        return torch.empty_like(grad).copy_(wide)
+    from .kernels import _penalty_backward_kernel
+
+    path, grid, sizes = _paths(grad)
+    result = dense(path, grad.shape, grad.dtype, grad.device)
+    launch(
+        _penalty_backward_kernel, grid.programs, grad.device, tuple(path.tensors), (result, None, None, None),
+        path.sizes, path.magics, tuple(path.strides), found, upstream, upstream.stride(0) if upstream.dim() else 0, *sizes,
+        target, gamma or 0.0, divisor, R1=gamma is not None, KINDS=path.kinds, SMALL=path.small, BLOCK=grid.block,
+        num_warps=grid.num_warps,
+    )  # fmt: skip
+    return result
+
+
+def _backward_fake(grad: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
+penalty_forward = register(
+    "penalty_forward(Tensor grad, float target, float? gamma, int reduction, ScalarType dtype, bool triton)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+penalty_backward = register(
+    "penalty_backward(Tensor grad, Tensor found, Tensor upstream, float target, float? gamma, int reduction, bool triton)"
+    " -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+class Penalty(torch.autograd.Function):
+    """A penalty on the norm of each sample, and the norms."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
+    ) -> tuple[Tensor, Tensor]:
+        return penalty_forward(grad, target, gamma, reduction, dtype, triton)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, ctx.target, ctx.gamma, ctx.reduction, _, ctx.triton = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, found = ctx.saved_tensors
+        upstream = grads[0]
+        if upstream is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():
+            value = composed(grad, ctx.target, ctx.gamma, Reduction(ctx.reduction))
+            (result,) = torch.autograd.grad(value, grad, upstream.to(value.dtype), create_graph=True)
+        else:
+            result = penalty_backward(grad, found, upstream, ctx.target, ctx.gamma, ctx.reduction, ctx.triton)
+        return result, None, None, None, None, None
+
+
+def composed(grad: Tensor, target: float, gamma: float | None, reduction: Reduction) -> Tensor:
+    """The penalty by its reference: differentiable to any order."""
+    return _reduce(penalties(grad, target, gamma), reduction)

@@ -1,0 +1,1 @@
+"""Losses of energy-based models."""

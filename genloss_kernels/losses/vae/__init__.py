@@ -1,0 +1,1 @@
+"""Reconstruction and divergence of a variational autoencoder in one pass."""

@@ -1,0 +1,213 @@
+"""Adversarial losses and gradient penalties on both paths against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import genloss_kernels as gk
+from genloss_kernels.cases import (
+    GAN_KINDS,
+    gan_discriminator_loss_oracle,
+    gan_generator_loss_oracle,
+    gradient_penalty_oracle,
+    r1_penalty_oracle,
+)
+from genloss_kernels.losses.adversarial import api
+
+from .comparison import DTYPES, check
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our operators also where plain ones would be quicker."""
+    monkeypatch.setattr(api, "PLAIN_BELOW", 0)
+
+
+def _sides(kind: str, dtype: torch.dtype = torch.float32, *, equal: bool = False) -> dict[str, Any]:
+    fake = (7, 5) if equal or kind == "relativistic" else (11, 3, 2)
+    return {"real": (torch.randn(7, 5) * 3.0).to(dtype), "fake": (torch.randn(fake) * 3.0).to(dtype), "kind": kind}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GAN_KINDS)
+def test_discriminator(path: str, kind: str, dtype: torch.dtype) -> None:
+    both = ("real", "fake")
+    for reduction in ("mean", "sum"):
+        arguments = _sides(kind, dtype) | {"reduction": reduction}
+        check(gk.gan_discriminator_loss, gan_discriminator_loss_oracle, arguments, both)
+    arguments = _sides(kind, dtype, equal=True) | {"reduction": "none"}
+    check(gk.gan_discriminator_loss, gan_discriminator_loss_oracle, arguments, both)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", GAN_KINDS)
+def test_generator(path: str, kind: str, dtype: torch.dtype) -> None:
+    arguments = _sides(kind, dtype)
+    names = ("fake", "real") if kind == "relativistic" else ("fake",)
+    arguments = {name: arguments[name] for name in (*names, "kind")}
+    for reduction in ("mean", "sum", "none"):
+        check(gk.gan_generator_loss, gan_generator_loss_oracle, arguments | {"reduction": reduction}, names)
+
+
+# Loss of the scores, and its gradient: of real ones, of fake ones, for the generator.
+SURE = {
+    "minimax": {-1e4: (1e4, -1.0, 0.0, 0.0, 0.0, 0.0), 1e4: (0.0, 0.0, 1e4, 1.0, -1e4, -1.0)},
+    "non_saturating": {-1e4: (1e4, -1.0, 0.0, 0.0, 1e4, -1.0), 1e4: (0.0, 0.0, 1e4, 1.0, 0.0, 0.0)},
+    "hinge": {-1e4: (10001.0, -1.0, 0.0, 0.0, 1e4, -1.0), 1e4: (0.0, 0.0, 10001.0, 1.0, -1e4, -1.0)},
+}
+
+
+@pytest.mark.parametrize("kind", SURE)
+def test_sure_scores(path: str, kind: str) -> None:
+    for size in (1e4, INF):
+        for sign in (-1.0, 1.0):
+            expected = torch.tensor(SURE[kind][sign * 1e4]) if size == 1e4 else torch.tensor(SURE[kind][sign * 1e4]) * 1.0
+            if size == INF:
+                expected = torch.where(expected.abs() > 1e3, expected.sign() * INF, expected)
+            score = torch.tensor([sign * size], requires_grad=True)
+            sides = [
+                gk.gan_discriminator_loss(score, torch.tensor([-INF if kind != "lsgan" else 0.0]), kind),
+                gk.gan_discriminator_loss(torch.tensor([INF]), score, kind),
+                gk.gan_generator_loss(score, kind),
+            ]
+            found = [number for side in sides for number in (side.detach(), *torch.autograd.grad(side, score))]
+            assert [float(number) for number in found] == expected.tolist()
+
+
+def test_small_losses_keep_their_digits(path: str) -> None:
+    """Where the discriminator is sure, 1e-13 and not 0."""
+    loss = gk.gan_discriminator_loss(torch.tensor([30.0]), torch.tensor([-30.0]))
+    assert loss.item() == pytest.approx(2.0 * math.exp(-30.0), rel=1e-6)
+
+
+def test_hinge_at_its_margins(path: str) -> None:
+    real, fake = torch.tensor([1.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
+    loss = gk.gan_discriminator_loss(real, fake, "hinge")
+    assert loss == 0.0
+    assert torch.autograd.grad(loss, (real, fake)) == (torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (3, 2, 5, 7), (2, 5003), (4,)])
+def test_penalties(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    grad = torch.randn(shape).to(dtype)
+    oracles = {"gradient_penalty": gradient_penalty_oracle, "r1_penalty": r1_penalty_oracle}
+    for name, oracle in oracles.items():
+        for reduction in ("mean", "sum", "none"):
+
+            def flat(grad: Tensor, reduction: str = reduction, oracle: Any = oracle) -> Tensor:
+                return oracle(grad.reshape(grad.size(0), -1), reduction=reduction)
+
+            def loss(grad: Tensor, reduction: str = reduction, name: str = name) -> Tensor:
+                return getattr(gk, name)(grad, reduction=reduction)
+
+            check(loss, flat, {"grad": grad}, ("grad",), dtype)
+
+
+def test_channels_last_gradients(path: str) -> None:
+    grad = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    for every in (grad, grad[..., ::2], grad.permute(3, 1, 2, 0)):
+        check(gk.gradient_penalty, lambda grad: gradient_penalty_oracle(grad.contiguous()), {"grad": every}, ("grad",))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1e-4), (torch.float16, 300.0), (torch.float32, 1e-30)])
+def test_squares_beyond_the_dtype(path: str, dtype: torch.dtype, size: float) -> None:
+    """Their squares are 0 or infinite in the dtype of the gradients."""
+    grad = torch.full((2, 16), size).to(dtype).requires_grad_()
+    penalty = gk.gradient_penalty(grad, target=0.0, reduction="none")
+    norm = 4.0 * float(grad.detach()[0, 0])
+    assert penalty.detach().double() == pytest.approx(torch.full((2,), norm**2, dtype=torch.float64).to(dtype).double())
+    (slope,) = torch.autograd.grad(gk.gradient_penalty(grad, target=2.0 * norm, reduction="sum"), grad)
+    assert slope.double().div(-2.0 * norm / 4.0).sub(1.0).abs().max() < 2e-3
+
+
+def test_a_norm_of_zero(path: str) -> None:
+    """All derivatives are 0 there, and the other sample's what they are without it."""
+    grad = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    penalty = gk.gradient_penalty(grad, reduction="sum")
+    assert penalty == 17.0
+    (first,) = torch.autograd.grad(penalty, grad)
+    (again,) = torch.autograd.grad(gk.gradient_penalty(grad, reduction="sum"), grad, create_graph=True)
+    for slope in (first, again):
+        torch.testing.assert_close(slope, torch.tensor([[0.0, 0.0], [4.8, 6.4]]))
+    (second,) = torch.autograd.grad(again.sum(), grad)
+    assert second.isfinite().all()
+    assert not second[0].any()
+
+
+@pytest.mark.parametrize("name", ["gradient_penalty", "r1_penalty"])
+def test_step_of_a_discriminator(path: str, name: str) -> None:
+    """The penalty's gradient in the weights, through the gradient in the samples."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    samples = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for penalty in (getattr(gk, name), {"gradient_penalty": gradient_penalty_oracle, "r1_penalty": r1_penalty_oracle}[name]):
+        scores = model(samples.flatten(1))
+        (slope,) = torch.autograd.grad(scores.sum(), samples, create_graph=True)
+        total = penalty(slope) + gk.gan_discriminator_loss(scores, scores * 0.5, "wasserstein")
+        results.append(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+SCORES = torch.zeros(4, 1)
+BAD = [
+    ("gan_discriminator_loss", {"real": [1.0], "fake": SCORES}, TypeError, "real must be a Tensor"),
+    ("gan_discriminator_loss", {"real": SCORES, "fake": SCORES.long()}, NotImplementedError, "fake must be a real floating"),
+    ("gan_discriminator_loss", {"real": SCORES, "fake": SCORES, "kind": "wgan"}, ValueError, "wgan is not a valid .* kind"),
+    ("gan_discriminator_loss", {"real": SCORES, "fake": SCORES, "reduction": "batchmean"}, ValueError, "valid .* reduction"),
+    (
+        "gan_discriminator_loss",
+        {"real": SCORES, "fake": SCORES[:2], "kind": "relativistic"},
+        ValueError,
+        r"one shape for kind='relativistic', reduction='mean', got \[4, 1\] and \[2, 1\]",
+    ),
+    ("gan_discriminator_loss", {"real": SCORES, "fake": SCORES[:2], "reduction": "none"}, ValueError, "must have one shape"),
+    (
+        "gan_discriminator_loss",
+        {"real": SCORES, "fake": SCORES.to("meta")},
+        RuntimeError,
+        "fake must be on the input's device",
+    ),
+    ("gan_generator_loss", {"fake": None}, TypeError, "fake must be a Tensor"),
+    (
+        "gan_generator_loss",
+        {"fake": SCORES, "kind": "relativistic"},
+        ValueError,
+        r"real must .* \[4, 1\] of fake .* got None",
+    ),
+    ("gan_generator_loss", {"fake": SCORES, "kind": "relativistic", "real": SCORES[:2]}, ValueError, r"got shape \[2, 1\]"),
+    ("gan_generator_loss", {"fake": SCORES, "real": SCORES}, ValueError, "kind is 'non_saturating': leave it out"),
+    ("gradient_penalty", {"grad": torch.ones(())}, ValueError, "grad must have samples along dimension 0"),
+    ("gradient_penalty", {"grad": None}, TypeError, "grad must be a Tensor, not NoneType"),
+    ("gradient_penalty", {"grad": SCORES, "target": -1.0}, ValueError, "target must not be negative, got -1.0"),
+    ("gradient_penalty", {"grad": SCORES, "reduction": "batchmean"}, ValueError, "batchmean is not a valid value"),
+    ("r1_penalty", {"grad": SCORES, "gamma": NAN}, ValueError, "gamma must not be negative, got nan"),
+    ("r1_penalty", {"grad": SCORES, "gamma": "1"}, TypeError, "gamma must be a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), BAD)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_bad_input(backend: str, name: str, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with gk.backend(backend), gk.testing.count_launches() as launches, pytest.raises(error, match=message):
+        getattr(gk, name)(**arguments)
+    assert not launches
+
+
+def test_modules() -> None:
+    real, fake, grad = torch.randn(5), torch.randn(3), torch.randn(4, 6)
+    discriminator = gk.GANDiscriminatorLoss("lsgan", reduction="sum")
+    assert discriminator(real, fake) == gk.gan_discriminator_loss(real, fake, "lsgan", reduction="sum")
+    generator = gk.GANGeneratorLoss("relativistic", reduction="sum")
+    assert generator(fake, real=real[:3]) == gk.gan_generator_loss(fake, "relativistic", real=real[:3], reduction="sum")
+    assert gk.GradientPenalty(target=2.0, reduction="sum")(grad) == gk.gradient_penalty(grad, target=2.0, reduction="sum")
+    assert gk.R1Penalty(gamma=2.0, reduction="sum")(grad) == gk.r1_penalty(grad, gamma=2.0, reduction="sum")
