@@ -180,7 +180,7 @@ def _backward(
         else:
             for stored, grad in zip((of_input, of_target), grads, strict=True):
                 if grad is not None:
-                    eager.backward(stored, grad_loss, divisor, grad)
+                    eager.backward(stored, grad_loss, options, grad)
     return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
 
 
