@@ -125,9 +125,11 @@ def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = F
 # Rows of two operands held in registers: elements of each in a warp, and the most warps that do not spill.
 _HELD_ROWS = {2: (512, 16), 4: (512, 16), 8: (256, 8)}
 
+# For two passes over two operands: other tiles with 16-byte loads spill.
+PAIR_ROW_TILES = {2: Tile(2048, 8), 4: Tile(512, 4), 8: Tile(512, 4)}
 
-# For two passes over two operands: 8 elements of each in a thread, which over 8 warps spill.
-PAIR_ROW_TILES = {2: Tile(1024, 4), 4: Tile(1024, 4), 8: Tile(512, 4)}
+# The same where the elements of a thread do not lie together: the address of each takes registers.
+SCATTERED_PAIR_ROW_TILE = Tile(512, 4)
 
 
 def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:

@@ -36,6 +36,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 64 that hold no row, so that a few elements go through every loop more than once."""
     monkeypatch.setattr(launch, "row_tile", lambda *_, **__: Tile(64, 4))
     monkeypatch.setattr(op, "PAIR_ROW_TILES", dict.fromkeys((2, 4, 8), Tile(64, 4)))
+    monkeypatch.setattr(op, "SCATTERED_PAIR_ROW_TILE", Tile(64, 4))
     monkeypatch.setattr(op, "held_row_tile", lambda *_: None)
 
 
@@ -271,7 +272,7 @@ def test_rows_that_are_no_distribution(path: str, name: str, columns: int) -> No
         assert all(grad[[0, 3]].isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("columns", [10, 300, 8205])
+@pytest.mark.parametrize("columns", [10, 300])
 @pytest.mark.parametrize("name", ["forward", "reverse", "js"])
 def test_equal_logits_give_0(path: str, name: str, columns: int) -> None:
     x = torch.randn(3, columns) * 3.0
@@ -371,7 +372,7 @@ def test_inputs_stay_and_bits_repeat(path: str, name: str) -> None:
     arguments = LOSSES[name][2] | _pair(aligned(3, 301))
     kept = {key: arguments[key].clone() for key in BOTH}
     results = []
-    for _ in range(10):
+    for _ in range(3):
         tensors = {key: arguments[key].detach().requires_grad_() for key in BOTH}
         found = LOSSES[name][0](**(arguments | tensors))
         results.append((found, *torch.autograd.grad(found.sum(), [tensors[key] for key in _names(name)])))

@@ -16,8 +16,8 @@ from ...core.scratch import Scratch
 from . import reference
 from .reference import Kind, Options, arithmetic
 
-# Elements of a block for each thread: buffers of 1 MiB in fp32, which caches hold, and long enough to hide the cost of calling
-# operators. Halves and quarters of it measured up to 1.2 and 1.5 times slower, twice as much no faster.
+# Elements of a block for each thread: buffers of 1 MiB in fp32, which caches hold, and long enough to hide what calling
+# operators costs. Halves and quarters of it measured up to 1.2 and 1.5 times slower, twice as much no faster.
 BLOCK_ELEMENTS = 2**18
 
 # A divergence below this is computed once more in fp64, as fp32 is off by about 1e-7.

@@ -48,15 +48,21 @@ def _logits(pointers, live, inverse_temperature, MASKED: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
+def _places(cols, stride_col, VEC: tl.constexpr):
+    return cols if VEC > 1 else cols.to(tl.int64) * stride_col
+
+
+@triton.jit
 def _pair(
-    a_pointers, b_pointers, live, inverse_temperature, KIND: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
+    a_first, b_first, cols, a_stride_col, b_stride_col, live, inverse_temperature,
+    KIND: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a and b over the temperature; -inf where not live."""
-    a = _logits(a_pointers, live, inverse_temperature, MASKED, DTYPE)
+    """Logits of a and b over the temperature, in some columns of rows; -inf where not live."""
+    a = _logits(a_first + _places(cols, a_stride_col, VEC), live, inverse_temperature, MASKED, DTYPE)
     if KIND == ENTROPY:
         b = a
     else:
-        b = _logits(b_pointers, live, inverse_temperature, MASKED, DTYPE)
+        b = _logits(b_first + _places(cols, b_stride_col, VEC), live, inverse_temperature, MASKED, DTYPE)
     return a, b
 
 
@@ -360,17 +366,12 @@ def _finish(
 
 
 @triton.jit
-def _places(cols, stride_col, VEC: tl.constexpr):
-    return cols if VEC > 1 else cols.to(tl.int64) * stride_col
-
-
-@triton.jit
 def _edges(
     a_first, b_first, head, body, n_cols, inverse_temperature, KIND: tl.constexpr, VEC: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The elements of a ragged row before its first whole vector and after its last, which are fewer than two vectors'."""
     cols = edge_columns(tl.arange(0, 2 * VEC), head, body)
-    return _pair(a_first + cols, b_first + cols, cols < n_cols - head, inverse_temperature, KIND, True, DTYPE)
+    return _pair(a_first, b_first, cols, 1, 1, cols < n_cols - head, inverse_temperature, KIND, VEC, True, DTYPE)
 
 
 @triton.jit
@@ -391,8 +392,7 @@ def _second_pass(
         for start in range(0, full, BLOCK):
             cols = start + lane
             a, b = _pair(
-                a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
-                inverse_temperature, KIND, False, DTYPE,
+                a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
             )  # fmt: skip
             term, term_of_a, term_of_b = _terms(a, b, values, weights, KIND)
             total += term
@@ -400,8 +400,8 @@ def _second_pass(
             of_b += term_of_b
         cols = full + lane
         a, b = _pair(
-            a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
-            lane < tl.multiple_of(body - full, VEC), inverse_temperature, KIND, True, DTYPE,
+            a_first, b_first, cols, a_stride_col, b_stride_col, lane < tl.multiple_of(body - full, VEC),
+            inverse_temperature, KIND, VEC, True, DTYPE,
         )  # fmt: skip
         term, term_of_a, term_of_b = _terms(a, b, values, weights, KIND)
         total += term
@@ -447,13 +447,11 @@ def _divergence_forward_rows_kernel(
         for start in range(0, full, BLOCK):
             cols = start + lane
             a, b = _pair(
-                a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC), lane,
-                inverse_temperature, KIND, False, DTYPE,
+                a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
             )  # fmt: skip
             state = _update(state, a, b, KIND)
     tail_a, tail_b = _pair(
-        a_first + _places(tail, a_stride_col, VEC), b_first + _places(tail, b_stride_col, VEC), tail_live,
-        inverse_temperature, KIND, True, DTYPE,
+        a_first, b_first, tail, a_stride_col, b_stride_col, tail_live, inverse_temperature, KIND, VEC, True, DTYPE
     )  # fmt: skip
     if WHOLE:
         state = _first_state(tail_a, tail_b, KIND)
@@ -465,31 +463,37 @@ def _divergence_forward_rows_kernel(
         state = _merge(state, _collapse(_first_state(a, b, KIND), 0, KIND), KIND)
     values, value = _row(state, KIND)
     if KIND == JS:
+        again = True
+    elif KIND == KL and tl.float32 == DTYPE:
+        again = value < _CLOSE
+    else:
+        again = False
+    if again:
         value, of_a, of_b = _second_pass(
             tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values, inverse_temperature,
             weights, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
         )  # fmt: skip
-        values = _with_means(values, of_a, of_b)
-    if KIND == KL and tl.float32 == DTYPE:  # noqa: SIM102
-        # A condition of its own: the other one is the compiler's.
-        if value < _CLOSE:
-            value, _, _ = _second_pass(
-                tail_a, tail_b, a_first, b_first, a_stride_col, b_stride_col, head, body, n_cols, values,
-                inverse_temperature, weights, KIND, WHOLE, VEC, RAGGED, DTYPE, BLOCK,
-            )  # fmt: skip
+        if KIND == JS:
+            values = _with_means(values, of_a, of_b)
     factor = scalar(factor, DTYPE)
     _finish(values, value, factor, row, row >= 0, row, loss_ptr, partial_ptr, saved_ptr, n_rows, KIND, REDUCE)
 
 
 @triton.jit
 def _give(
-    a_pointers, b_pointers, grad_a_pointers, grad_b_pointers, live, values, grad, inverse_temperature, weights,
-    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+    firsts, cols, strides, live, values, grad, inverse_temperature, weights,
+    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile, from its logits and its rows' numbers."""
-    a, b = _pair(a_pointers, b_pointers, live, inverse_temperature, KIND, MASKED, DTYPE)
+    """Gradients in some columns of rows, from the logits there and the rows' numbers; of a, b and their gradients each."""
+    a_first, b_first, grad_a_first, grad_b_first = firsts
+    a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col = strides
+    a, b = _pair(
+        a_first, b_first, cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, VEC, MASKED, DTYPE
+    )  # fmt: skip
     _store_gradients(
-        a, b, grad_a_pointers, grad_b_pointers, live, values, grad, weights, KIND, GRAD_A, GRAD_B, MASKED
+        a, b, grad_a_first + _places(cols, grad_a_stride_col, VEC), grad_b_first + _places(cols, grad_b_stride_col, VEC),
+        live, values, grad, weights, KIND, GRAD_A, GRAD_B, MASKED,
     )  # fmt: skip
 
 
@@ -533,6 +537,8 @@ def _divergence_backward_rows_kernel(
     b_first = b_ptr + first_aligned(row_offset(row, shape, b_strides), head, VEC, RAGGED)
     grad_a_first = grad_a_ptr + first_aligned(row_offset(row, shape, grad_a_strides), head, VEC, RAGGED)
     grad_b_first = grad_b_ptr + first_aligned(row_offset(row, shape, grad_b_strides), head, VEC, RAGGED)
+    firsts = (a_first, b_first, grad_a_first, grad_b_first)
+    strides = (a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col)
     begin = tl.multiple_of(split * split_cols, VEC)
     end = tl.multiple_of(tl.maximum(tl.minimum(body, begin + split_cols), begin), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
@@ -540,23 +546,17 @@ def _divergence_backward_rows_kernel(
     for start in range(begin, full, BLOCK):
         cols = start + lane
         _give(
-            a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
-            grad_a_first + _places(cols, grad_a_stride_col, VEC), grad_b_first + _places(cols, grad_b_stride_col, VEC),
-            lane, values, grad, inverse_temperature, weights, KIND, GRAD_A, GRAD_B, False, DTYPE,
+            firsts, cols, strides, lane, values, grad, inverse_temperature, weights, KIND, GRAD_A, GRAD_B, VEC, False, DTYPE
         )  # fmt: skip
-    cols = full + lane
     _give(
-        a_first + _places(cols, a_stride_col, VEC), b_first + _places(cols, b_stride_col, VEC),
-        grad_a_first + _places(cols, grad_a_stride_col, VEC), grad_b_first + _places(cols, grad_b_stride_col, VEC),
-        lane < tl.multiple_of(end - full, VEC), values, grad, inverse_temperature, weights,
-        KIND, GRAD_A, GRAD_B, True, DTYPE,
+        firsts, full + lane, strides, lane < tl.multiple_of(end - full, VEC), values, grad, inverse_temperature, weights,
+        KIND, GRAD_A, GRAD_B, VEC, True, DTYPE,
     )  # fmt: skip
     if RAGGED:
         cols = edge_columns(tl.arange(0, 2 * VEC), head, body)
         _give(
-            a_first + cols, b_first + cols, grad_a_first + cols, grad_b_first + cols,
-            (cols < n_cols - head) & (split == 0), values, grad, inverse_temperature, weights,
-            KIND, GRAD_A, GRAD_B, True, DTYPE,
+            firsts, cols, strides, (cols < n_cols - head) & (split == 0), values, grad, inverse_temperature, weights,
+            KIND, GRAD_A, GRAD_B, VEC, True, DTYPE,
         )  # fmt: skip
 
 
@@ -614,19 +614,19 @@ def _divergence_forward_tiles_kernel(
     b_rows = b_ptr + (row_offset(outer, shape, b_strides) + inner * b_stride_inner)[:, None]
     lane = tl.arange(0, BLOCK_COLS)
     if WHOLE:
-        cols = lane.to(tl.int64)[None, :]
+        cols = lane[None, :]
         a, b = _pair(
-            a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
-            inverse_temperature, KIND, True, DTYPE,
+            a_rows, b_rows, cols, a_stride_col, b_stride_col, row_live[:, None] & (cols < n_cols), inverse_temperature,
+            KIND, 1, True, DTYPE,
         )  # fmt: skip
         values, value = _whole_rows(a, b, weights, KIND)
     else:
         state = _initial_state((BLOCK_ROWS, BLOCK_COLS), DTYPE)
         for start in range(0, n_cols, BLOCK_COLS):
-            cols = (start + lane).to(tl.int64)[None, :]
+            cols = (start + lane)[None, :]
             a, b = _pair(
-                a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
-                inverse_temperature, KIND, True, DTYPE,
+                a_rows, b_rows, cols, a_stride_col, b_stride_col, row_live[:, None] & (cols < n_cols), inverse_temperature,
+                KIND, 1, True, DTYPE,
             )  # fmt: skip
             state = _update(state, a, b, KIND)
         values, value = _row(_collapse(state, 1, KIND), KIND)
@@ -641,10 +641,10 @@ def _divergence_forward_tiles_kernel(
             of_a = total
             of_b = total
             for start in range(0, n_cols, BLOCK_COLS):
-                cols = (start + lane).to(tl.int64)[None, :]
+                cols = (start + lane)[None, :]
                 a, b = _pair(
-                    a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, row_live[:, None] & (cols < n_cols),
-                    inverse_temperature, KIND, True, DTYPE,
+                    a_rows, b_rows, cols, a_stride_col, b_stride_col, row_live[:, None] & (cols < n_cols),
+                    inverse_temperature, KIND, 1, True, DTYPE,
                 )  # fmt: skip
                 term, term_of_a, term_of_b = _terms(a, b, _wide(values), weights, KIND)
                 total += term
@@ -683,25 +683,25 @@ def _divergence_backward_tiles_kernel(
     grad_b_rows = grad_b_ptr + (row_offset(outer, shape, grad_b_strides) + inner * grad_b_stride_inner)[:, None]
     lane = tl.arange(0, BLOCK_COLS)
     if WHOLE:
-        cols = lane.to(tl.int64)[None, :]
+        cols = lane[None, :]
         live = row_live[:, None] & (cols < n_cols)
         a, b = _pair(
-            a_rows + cols * a_stride_col, b_rows + cols * b_stride_col, live, inverse_temperature, KIND, True, DTYPE
+            a_rows, b_rows, cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, 1, True, DTYPE
         )  # fmt: skip
         values, _ = _whole_rows(a, b, weights, KIND)
         _store_gradients(
-            a, b, grad_a_rows + cols * grad_a_stride_col, grad_b_rows + cols * grad_b_stride_col, live,
+            a, b, grad_a_rows + _places(cols, grad_a_stride_col, 1), grad_b_rows + _places(cols, grad_b_stride_col, 1), live,
             _wide(values), grad, weights, KIND, GRAD_A, GRAD_B, True,
         )  # fmt: skip
     else:
+        firsts = (a_rows, b_rows, grad_a_rows, grad_b_rows)
+        strides = (a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col)
         values = _wide(_saved(saved_ptr, row, row_live, n_rows, KIND))
         begin = (tl.program_id(0) % n_splits) * split_cols
         end = tl.minimum(n_cols, begin + split_cols)
         for start in range(begin, end, BLOCK_COLS):
-            cols = (start + lane).to(tl.int64)[None, :]
+            cols = (start + lane)[None, :]
             _give(
-                a_rows + cols * a_stride_col, b_rows + cols * b_stride_col,
-                grad_a_rows + cols * grad_a_stride_col, grad_b_rows + cols * grad_b_stride_col,
-                row_live[:, None] & (cols < end), values, grad, inverse_temperature, weights,
-                KIND, GRAD_A, GRAD_B, True, DTYPE,
+                firsts, cols, strides, row_live[:, None] & (cols < end), values, grad, inverse_temperature, weights,
+                KIND, GRAD_A, GRAD_B, 1, True, DTYPE,
             )  # fmt: skip

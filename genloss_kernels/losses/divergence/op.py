@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.launch import PAIR_ROW_TILES, WHOLE_ROW, Tile, held_row_tile, launch
+from ...core.launch import PAIR_ROW_TILES, SCATTERED_PAIR_ROW_TILE, WHOLE_ROW, Tile, held_row_tile, launch
 from ...core.library import register
 from ...core.reduction import kernel_dtype, launch_reduction
 from ...core.row_plan import Plan, gradient_like, incoming, plan
@@ -70,6 +70,8 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
             itemsize = max(t.element_size() for t in operands)
             held = held_row_tile(p.n_cols, itemsize)
             tile = PAIR_ROW_TILES[itemsize] if held is None else held
+        if target is not None and held is None and p.vec == 1:
+            tile = SCATTERED_PAIR_ROW_TILE
         launch(
             kernels._divergence_forward_rows_kernel, p.programs, input.device,
             *pointers, p.shape, p.strides[0], p.strides[1], a.stride(1), b.stride(1), p.n_rows, p.n_cols, *scalars,
