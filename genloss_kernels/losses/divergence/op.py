@@ -54,8 +54,6 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
     acc = arithmetic(input, target)
     operands = _operands(input, target, options.kind)
     p = plan(operands, None, heavy=True)
-    # An entropy has no second distribution.
-    p.strides[1:] = p.strides[1:] if target is not None else p.strides[:1]
     a, b = operands[0], operands[-1]
     reduce = options.divisor is not None
     loss = torch.empty(() if reduce else input.shape[:-1], dtype=dtype, device=input.device)
