@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -194,6 +195,64 @@ def gaussian_kl_usual_general(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logv
     """The usual formula between two Gaussians, batchmean."""
     spread = (logvar_q.exp() + (mu_q - mu_p).pow(2)) / logvar_p.exp()
     return 0.5 * torch.sum(logvar_p - logvar_q + spread - 1) / mu_q.size(0)
+
+
+def _reduced(rows: Tensor, reduction: str) -> Tensor:
+    """Reduction of rows of a batch (N, ...)."""
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "mean" else rows.sum() / (rows.size(0) if reduction == "batchmean" else 1)
+
+
+def _kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.where(p > 0.0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def kl_div_with_logits_oracle(
+    input: Tensor, target: Tensor, temperature: float = 1.0, direction: str = "forward", reduction: str = "batchmean"
+) -> Tensor:
+    """The divergence from torch's log_softmax, by its definition."""
+    log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (input, target))
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    return _reduced(_kl_rows(log_p.exp(), log_p, log_q) * temperature**2, reduction)
+
+
+def js_div_with_logits_oracle(
+    input: Tensor, target: Tensor, beta: float = 0.5, temperature: float = 1.0, reduction: str = "batchmean"
+) -> Tensor:
+    """The divergence from torch's log_softmax, by its definition."""
+    log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (input, target))
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    rows = beta * _kl_rows(p, log_p, log_m) + (1.0 - beta) * _kl_rows(q, log_q, log_m)
+    return _reduced(rows * temperature**2, reduction)
+
+
+def categorical_entropy_oracle(logits: Tensor, reduction: str = "none") -> Tensor:
+    """The entropy by ``torch.distributions``, without its checks of values."""
+    return _reduced(torch.distributions.Categorical(logits=logits, validate_args=False).entropy(), reduction)
+
+
+def kl_div_with_logits_usual(input: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """What most distillation scripts do, batchmean."""
+    student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+
+
+def js_div_with_logits_usual(input: Tensor, target: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """The usual generalized divergence, batchmean."""
+    student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
+    mixture = torch.logsumexp(torch.stack([teacher + math.log(beta), student + math.log(1.0 - beta)]), 0)
+    of_teacher = F.kl_div(mixture, teacher, log_target=True, reduction="batchmean")
+    of_student = F.kl_div(mixture, student, log_target=True, reduction="batchmean")
+    return (beta * of_teacher + (1.0 - beta) * of_student) * temperature**2
+
+
+def categorical_entropy_usual(logits: Tensor, reduction: str = "mean") -> Tensor:
+    """The usual formula, mean over rows."""
+    log_p = F.log_softmax(logits, -1)
+    return _reduced(-(log_p.exp() * log_p).sum(-1), reduction)
 
 
 def vae_loss_oracle(
@@ -414,6 +473,9 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
         "gaussian_nll_loss": F.gaussian_nll_loss,
+        "kl_div_with_logits": kl_div_with_logits_oracle,
+        "js_div_with_logits": js_div_with_logits_oracle,
+        "categorical_entropy": categorical_entropy_oracle,
         "mse_loss": F.mse_loss,
         "l1_loss": F.l1_loss,
         "smooth_l1_loss": F.smooth_l1_loss,
@@ -621,6 +683,52 @@ def _gaussian_nll_loss() -> Iterator[Case]:
         yield _case(loss, "elements", _flat(_likelihood), BENCH, dtypes=(dtype,))
 
 
+def _pair(*shape: int, names: tuple[str, ...] = ("input",), **options: Any) -> Callable[..., Call]:
+    """Logits of a student and a teacher; ``names`` get a gradient."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        tensors = {name: _logits(generator, device, dtype, *shape) for name in ("input", "target")}
+        return Call(tensors | options, names)
+
+    return make
+
+
+def _one(*shape: int, **options: Any) -> Callable[..., Call]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        return Call({"logits": _logits(generator, device, dtype, *shape), **options}, ("logits",))
+
+    return make
+
+
+def _divergences() -> Iterator[Case]:
+    both = ("input", "target")
+    kl, js, entropy = "kl_div_with_logits", "js_div_with_logits", "categorical_entropy"
+    yield _case(kl, "aligned rows 64 x 4096", _pair(64, 4096, temperature=2.0), BYTES)
+    yield _case(kl, "ragged rows 16 x 50257", _pair(16, 50257, direction="reverse"), BYTES)
+    yield _case(kl, "both gradients, next-token view", _pair(4, 9, 4096, names=both), BYTES)
+    yield _case(kl, "aligned rows 8 x 4096", _pair(8, 4096, temperature=2.0), DOCTOR)
+    yield _case(kl, "reverse, ragged rows 3 x 5003", _pair(3, 5003, names=both, direction="reverse"), DOCTOR)
+    yield _case(kl, "short rows 50 x 37", _pair(50, 37, names=both, temperature=0.5, reduction="mean"), DOCTOR)
+    yield _case(kl, "per row (2, 3, 300)", _pair(2, 3, 300, names=both, reduction="none"), DOCTOR)
+    yield _case(js, "rows held 64 x 4096", _pair(64, 4096), BYTES)
+    yield _case(js, "ragged rows held 32 x 5003", _pair(32, 5003, beta=0.25), BYTES)
+    yield _case(js, "rows held 8 x 4096", _pair(8, 4096, names=both, beta=0.25, temperature=2.0), DOCTOR)
+    yield _case(js, "long ragged rows 2 x 9001", _pair(2, 9001), DOCTOR)
+    yield _case(js, "short rows 50 x 37", _pair(50, 37, names=both, beta=0.75, reduction="none"), DOCTOR)
+    yield _case(entropy, "aligned rows 64 x 4096", _one(64, 4096), BYTES)
+    yield _case(entropy, "ragged rows 16 x 50257", _one(16, 50257, reduction="mean"), BYTES)
+    yield _case(entropy, "ragged rows 3 x 5003", _one(3, 5003), DOCTOR)
+    yield _case(entropy, "short rows 50 x 37", _one(50, 37, reduction="sum"), DOCTOR)
+    usual = kl_div_with_logits_usual
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(kl, "distillation", _sized(_pair, temperature=2.0), BENCH, builtin=usual, dtypes=(dtype,))
+    yield _case(kl, "small batch 64 x 1000", _pair(64, 1000), BENCH, builtin=usual, dtypes=_DTYPES_32)
+    yield _case(js, "distillation", _sized(_pair), BENCH, builtin=js_div_with_logits_usual, dtypes=_DTYPES_32)
+    yield _case(
+        entropy, "rows", _sized(_one, reduction="mean"), BENCH, builtin=categorical_entropy_usual, dtypes=_DTYPES_32
+    )  # fmt: skip
+
+
 def _vae_loss() -> Iterator[Case]:
     loss, logits = "vae_loss", "bce_with_logits"
     yield _case(loss, "logits (32, 3, 64, 64) and 128", _autoencoder(32, 3, 64, 64, latents=128, recon_loss=logits), BYTES)
@@ -691,6 +799,7 @@ CASES: tuple[Case, ...] = (
     *_gaussian_kl(),
     *_regressions(),
     *_gaussian_nll_loss(),
+    *_divergences(),
     *_vae_loss(),
     *_adversarial(),
     *_energy(),

@@ -3,6 +3,7 @@
 from .losses.adversarial.api import gan_discriminator_loss, gan_generator_loss, gradient_penalty, r1_penalty
 from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
+from .losses.divergence.api import categorical_entropy, js_div_with_logits, kl_div_with_logits
 from .losses.energy.api import contrastive_divergence_loss
 from .losses.gaussian_kl.api import gaussian_kl
 from .losses.gaussian_nll.api import gaussian_nll_loss
@@ -17,6 +18,7 @@ __all__ = [
     "LinearCrossEntropyOptions",
     "VAELossOutput",
     "binary_cross_entropy_with_logits",
+    "categorical_entropy",
     "contrastive_divergence_loss",
     "cross_entropy",
     "gan_discriminator_loss",
@@ -25,6 +27,8 @@ __all__ = [
     "gaussian_nll_loss",
     "gradient_penalty",
     "huber_loss",
+    "js_div_with_logits",
+    "kl_div_with_logits",
     "l1_loss",
     "linear_cross_entropy",
     "mse_loss",

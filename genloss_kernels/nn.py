@@ -23,6 +23,8 @@ __all__ = [
     "GaussianNLLLoss",
     "GradientPenalty",
     "HuberLoss",
+    "JSDivWithLogitsLoss",
+    "KLDivWithLogitsLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
     "MSELoss",
@@ -333,6 +335,46 @@ class GaussianKLLoss(torch.nn.Module):
             capacity=self.capacity,
             logvar_clamp=self.logvar_clamp,
         )
+
+
+class KLDivWithLogitsLoss(torch.nn.Module):
+    """:func:`genloss_kernels.kl_div_with_logits` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.KLDivWithLogitsLoss(temperature=2.0)(torch.zeros(2, 4), torch.ones(2, 4))
+        tensor(0.)
+    """
+
+    def __init__(self, *, temperature: float = 1.0, direction: str = "forward", reduction: str = "batchmean") -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.direction = direction
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div_with_logits(
+            input, target, temperature=self.temperature, direction=self.direction, reduction=self.reduction
+        )
+
+
+class JSDivWithLogitsLoss(torch.nn.Module):
+    """:func:`genloss_kernels.js_div_with_logits` as a module.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> gk.JSDivWithLogitsLoss(beta=0.1)(torch.zeros(2, 4), torch.ones(2, 4))
+        tensor(0.)
+    """
+
+    def __init__(self, *, beta: float = 0.5, temperature: float = 1.0, reduction: str = "batchmean") -> None:
+        super().__init__()
+        self.beta = beta
+        self.temperature = temperature
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.js_div_with_logits(input, target, beta=self.beta, temperature=self.temperature, reduction=self.reduction)
 
 
 class MSELoss(torch.nn.MSELoss):

@@ -21,6 +21,8 @@ from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
+DISTILL, JS, ENTROPY = "kl_div_with_logits", "js_div_with_logits", "categorical_entropy"
+TABLED = (CE, NLL, BCE, KL, DISTILL, JS, ENTROPY)
 
 BOTH = ("eager", "triton")
 
@@ -54,6 +56,10 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": torch.tensor([0, 1, -100, 4])}
     if loss == BCE:
         return {"input": x, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
+    if loss in (DISTILL, JS):
+        return {"input": x, "target": x.flip(1)}
+    if loss == ENTROPY:
+        return {"logits": x, "reduction": "mean"}
     return {"mu_q": x, "logvar_q": x * 0.5}
 
 
@@ -219,7 +225,34 @@ def _gaussian_kl() -> Iterator[Row]:
         yield Row(KL, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
-ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl())
+def _divergences() -> Iterator[Row]:
+    for loss in (DISTILL, JS, ENTROPY):
+        for name in ("logits",) if loss == ENTROPY else ("input", "target"):
+            for value in ([1.0, 2.0], 3, None):
+                yield Row(loss, {name: value}, TypeError, f"{name} must be a Tensor, not")
+            for dtype in (torch.int64, torch.bool, torch.complex64):
+                yield Row(loss, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, f"{name} must be .* got {dtype}")
+        zero_d = {name: torch.tensor(1.0) for name in good(loss) if name != "reduction"}
+        yield Row(loss, zero_d, RuntimeError, r"must have shape \(V\) or \(N, ..., V\)")
+        for value in ("average", None, ["mean"]):
+            yield Row(loss, {"reduction": value}, ValueError, "is not a valid value for reduction")
+    for loss in (DISTILL, JS):
+        for shape in ((4, 4), (1, 5), (5,), (4, 5, 1), ()):
+            yield Row(loss, {"target": _ones(*shape)}, RuntimeError, r"target must have the shape \[4, 5\] of the input")
+        yield Row(loss, {"target": _ones(4, 5, device="meta")}, RuntimeError, "target must be on the input's device")
+        for value in (0.0, -1.0, math.nan, math.inf):
+            yield Row(loss, {"temperature": value}, ValueError, "temperature must be positive and finite, got")
+        for value in ("1", True, None, torch.tensor(1.0)):
+            yield Row(loss, {"temperature": value}, TypeError, "temperature must be a number, not")
+    for value in ("backward", None, 1, ["forward"]):
+        yield Row(DISTILL, {"direction": value}, ValueError, "is not a valid value for direction: .* forward, reverse")
+    for value in (0.0, 1.0, -0.1, 1.5, math.nan):
+        yield Row(JS, {"beta": value}, ValueError, "beta must be between 0 and 1")
+    for value in ("0.5", True, None, torch.tensor(0.5)):
+        yield Row(JS, {"beta": value}, TypeError, "beta must be a number, not")
+
+
+ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_divergences())
 
 
 def _on_each_path() -> Iterator[pytest.ParameterSet]:
@@ -234,7 +267,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", m
 
 def test_the_table_is_large() -> None:
     assert len(ROWS) >= 200
-    assert {row.loss for row in ROWS} == {CE, NLL, BCE, KL}
+    assert {row.loss for row in ROWS} == set(TABLED)
 
 
 def _placed(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -305,13 +338,13 @@ def _assert_torchs_type(row: Row, error: Exception) -> None:
 
 
 @backends
-@pytest.mark.parametrize("loss", [CE, NLL, BCE, KL])
+@pytest.mark.parametrize("loss", TABLED)
 def test_the_good_call_is_good(loss: str, backend: str, device: torch.device) -> None:
     """So that each row fails for what it replaces; and a failed call leaves the next one alone."""
     function, arguments = getattr(gk, loss), _placed(good(loss), device)
     with gk.backend(backend):
         with pytest.raises(ValueError, match="reduction"):
-            function(**arguments, reduction="average")
+            function(**(arguments | {"reduction": "average"}))
         assert function(**arguments).isfinite()
 
 

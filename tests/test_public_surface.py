@@ -88,6 +88,9 @@ CONTRACT = {
               reduction="mean", pos_weight=None, *, label_smoothing=0.0, mask=None)""",
     "gaussian_kl": """(mu_q, logvar_q, mu_p=None, logvar_p=None, *, reduction="batchmean", free_bits=None,
               capacity=None, logvar_clamp=None)""",
+    "kl_div_with_logits": """(input, target, *, temperature=1.0, direction="forward", reduction="batchmean")""",
+    "js_div_with_logits": """(input, target, *, beta=0.5, temperature=1.0, reduction="batchmean")""",
+    "categorical_entropy": """(logits, *, reduction="none")""",
 }
 
 
@@ -190,6 +193,8 @@ results = [
     gk.binary_cross_entropy_with_logits(x, probabilities, mask=probabilities > 0.5, label_smoothing=0.1),
     gk.gaussian_kl(x, x * 0.1),
     gk.gaussian_kl(x, x * 0.1, x * 0.2, x * 0.3, capacity=1.0, free_bits=0.1),
+    gk.kl_div_with_logits(x, probabilities), gk.categorical_entropy(x, reduction="sum"),
+    gk.KLDivWithLogitsLoss(direction="reverse")(x, probabilities), gk.JSDivWithLogitsLoss()(x, probabilities),
     gk.CrossEntropyLoss()(x, y), gk.NLLLoss()(x, y), gk.BCEWithLogitsLoss()(x, probabilities), gk.GaussianKLLoss()(x, x),
 ]
 torch.stack([r.double() for r in results]).sum().backward()
@@ -259,7 +264,9 @@ with gk.backend("eager"):
     )
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy(x, y)", "nll_loss(x, y)", "gaussian_kl(x, x)", "mse_loss(x, x)"])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy(x, y)", "nll_loss(x, y)", "gaussian_kl(x, x)", "mse_loss(x, x)", "js_div_with_logits(x, x)"]
+)
 def test_kernels_on_a_cpu_need_the_interpreter(loss: str) -> None:
     source = f"""
 import torch, genloss_kernels as gk

@@ -122,6 +122,23 @@ def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = F
     return short if n_cols <= 4 * short.block else long
 
 
+# Rows of two operands held in registers: elements of each in a warp, and the most warps that do not spill.
+_HELD_ROWS = {2: (512, 16), 4: (512, 16), 8: (256, 8)}
+
+# For two passes over two operands: other tiles with 16-byte loads spill.
+PAIR_ROW_TILES = {2: Tile(2048, 8), 4: Tile(512, 4), 8: Tile(512, 4)}
+
+# The same where the elements of a thread do not lie together: the address of each takes registers.
+SCATTERED_PAIR_ROW_TILE = Tile(512, 4)
+
+
+def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
+    """Tile that holds a whole row of each of two operands; None where no program can."""
+    elements, most = _HELD_ROWS[itemsize]
+    block = max(_power_of_two(n_cols), 4 * elements)
+    return Tile(block, block // elements) if block <= most * elements else None
+
+
 class RowsTile(NamedTuple):
     """Rows and columns that one program holds at once."""
 

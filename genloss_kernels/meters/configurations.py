@@ -143,6 +143,37 @@ def _nll_loss(layout: Layout, thorough: bool) -> Iterator[Configuration]:
         yield Configuration(f"{layout.name}, {' and '.join(options) or 'plain'}", "nll_loss", arguments, ("input",))
 
 
+def _divergences(layout: Layout, thorough: bool) -> Iterator[Configuration]:
+    logits = layout.logits.movedim(1, -1)
+    teacher = _target_like(layout.logits).movedim(1, -1)
+    both = ("input", "target")
+
+    def configuration(loss: str, name: str, *differentiable: str, **options: Any) -> Configuration:
+        tensors = {"logits": logits} if loss == "categorical_entropy" else {"input": logits, "target": teacher}
+        return Configuration(f"{layout.name}, {name}", loss, tensors | options, differentiable)
+
+    yield configuration("kl_div_with_logits", "student", "input")
+    if layout.depth >= 1 or thorough:
+        yield configuration("kl_div_with_logits", "reverse", "input", direction="reverse")
+        yield configuration("kl_div_with_logits", "both, none", *both, reduction="none")
+        yield configuration("js_div_with_logits", "student", "input")
+        yield configuration("js_div_with_logits", "both", *both)
+        yield configuration("categorical_entropy", "none", "logits")
+    if layout.depth >= 2 or thorough:
+        yield configuration("js_div_with_logits", "teacher, none", "target", reduction="none")
+        yield configuration("categorical_entropy", "mean", "logits", reduction="mean")
+
+
+def _held_rows(dtype: torch.dtype) -> Iterator[Configuration]:
+    """Rows of every length at which a program holds them whole."""
+    columns = 2 * launch.SHORT_ROW
+    while launch.held_row_tile(columns, dtype.itemsize) is not None:
+        for cut, name in ((0, "aligned"), (1, "ragged")):
+            tensors = {key: empty(MANY, columns - cut, dtype=dtype) for key in ("input", "target")}
+            yield Configuration(f"held rows of {columns}, {name}", "js_div_with_logits", tensors, ("input",))
+        columns *= 2
+
+
 def _broadcasts(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Ways for an operand to lie beside dense ones of some shape."""
     large = 8 * launch.ELEMENTWISE_TILES[dtype.itemsize].block
@@ -244,9 +275,22 @@ def configurations(dtype: torch.dtype, *, thorough: bool = False) -> Iterator[Co
             yield from _cross_entropy(chosen, thorough)
             yield from _linear_cross_entropy(chosen, thorough)
             yield from _nll_loss(chosen, thorough)
+            yield from _divergences(chosen, thorough)
+    yield from _held_rows(dtype)
     yield from _binary_cross_entropy(dtype, thorough, brief)
     yield from _gaussian_kl(dtype, thorough, brief)
     yield from _cases(dtype)
 
 
-_TABLED = frozenset({"cross_entropy", "linear_cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "gaussian_kl"})
+_TABLED = frozenset(
+    {
+        "binary_cross_entropy_with_logits",
+        "categorical_entropy",
+        "cross_entropy",
+        "gaussian_kl",
+        "js_div_with_logits",
+        "kl_div_with_logits",
+        "linear_cross_entropy",
+        "nll_loss",
+    }
+)

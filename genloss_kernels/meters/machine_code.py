@@ -12,7 +12,7 @@ import torch
 
 from .sass import Body, disassemble, main_body, resources
 from .specialisations import OPTIONS, Specialisation, specialisations
-from .streams import Streams, streams
+from .streams import ENTROPY, KL, Streams, streams
 
 Target = tuple[str, int | str, int]
 
@@ -47,6 +47,8 @@ _ROW_KERNELS = (
     "_cross_entropy_backward_rows_kernel",
     "_cross_entropy_loss_and_gradient_kernel",
 )
+
+_DIVERGENCE_KERNELS = ("_divergence_forward_rows_kernel", "_divergence_backward_rows_kernel")
 
 
 @dataclass
@@ -158,10 +160,19 @@ def special_limit(kernel: Specialisation) -> float | None:
         return None
     if kernel.name in _ROW_KERNELS:
         return 2.0 if kernel["SOFTCAP"] else 1.0
+    if kernel.name in _DIVERGENCE_KERNELS:
+        return _divergence_limit(kernel)
     if kernel.formula in _FORMULAS and "FLAGS" in kernel.kernel.arg_names:
         plain, flagged = _FORMULAS[kernel.formula]
         return flagged if kernel["FLAGS"] & 1 else plain
     return None
+
+
+def _divergence_limit(kernel: Specialisation) -> float:
+    """One exponential for each distribution in a pass; a row that is held goes through both passes in one body."""
+    if kernel["KIND"] == ENTROPY or (kernel["KIND"] == KL and "backward" in kernel.name and not kernel["GRAD_B"]):
+        return 1.0
+    return 6.0 if "forward" in kernel.name and kernel["WHOLE"] else 2.0
 
 
 def compile_elsewhere(kernels: Sequence[Specialisation], targets: Sequence[Target] = OTHER_TARGETS) -> Iterator[str]:

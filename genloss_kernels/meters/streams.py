@@ -12,6 +12,9 @@ _BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 
 # Kinds of the elementwise kernels' operands, two bits of KINDS each.
 _DENSE, _SINGLE, _STRIDED = 1, 2, 3
 
+# Of the divergence kernels' KIND.
+KL, ENTROPY = 0, 2
+
 _LANES = 32
 
 
@@ -73,6 +76,15 @@ def _class_streams(kernel: Specialisation, block: int) -> Streams:
     return Streams(_sizes(kernel, loads), _sizes(kernel, stores), _sizes(kernel, others), (), elements)
 
 
+def _divergence_streams(kernel: Specialisation) -> Streams | None:
+    if kernel["VEC"] == 1:
+        return None
+    forward, pair = "forward" in kernel.name, kernel["KIND"] != ENTROPY
+    stores = [] if forward else [f"grad_{name}_ptr" for name in "ab" if kernel[f"GRAD_{name.upper()}"]]
+    loads = ["a_ptr", *(["b_ptr"] if pair else [])]
+    return Streams(_sizes(kernel, loads), _sizes(kernel, stores), (), (), _elements(kernel, kernel["BLOCK"]))
+
+
 def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
     return tuple(_itemsize(kernel.signature[name]) for name in pointers)
 
@@ -130,6 +142,8 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_loss_and_gradient_kernel": _row_streams,
     "_cross_entropy_forward_tiles_kernel": _tile_streams,
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
+    "_divergence_forward_rows_kernel": _divergence_streams,
+    "_divergence_backward_rows_kernel": _divergence_streams,
     "_elementwise_forward_kernel": _elementwise_streams,
     "_elementwise_backward_kernel": _elementwise_streams,
     "_pair_forward_kernel": _pair_streams,

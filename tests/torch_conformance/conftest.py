@@ -7,6 +7,7 @@ import pytest
 from genloss_kernels.losses.adversarial import api as adversarial_api
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
+from genloss_kernels.losses.divergence import api as divergence_api
 from genloss_kernels.losses.energy import api as energy_api
 from genloss_kernels.losses.gaussian_kl import api as gaussian_kl_api
 from genloss_kernels.losses.gaussian_nll import api as gaussian_nll_api
@@ -21,6 +22,6 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(linear_cross_entropy_api, "LOGITS_BELOW", 0)
-        for api in (adversarial_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
+        for api in (adversarial_api, divergence_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
             monkeypatch.setattr(api, "PLAIN_BELOW", 0)
     return request.param

@@ -181,6 +181,17 @@ def _likelihood(draw: Draw, rows: int, *shared: int, **options: Any) -> Problem:
     return lambda x, t, logvar: gk.gaussian_nll_loss(x, t, logvar.exp(), **options), tensors
 
 
+def _students(loss: Callable[..., Tensor], **options: Any) -> Callable[[Draw, int], Problem]:
+    def make(draw: Draw, rows: int) -> Problem:
+        return lambda x, y: loss(x, y, **options), (draw.normal(rows, 5), draw.normal(rows, 5))
+
+    return make
+
+
+def _entropy(draw: Draw, rows: int, **options: Any) -> Problem:
+    return lambda x: gk.categorical_entropy(x, **options), (draw.normal(rows, 5),)
+
+
 def _autoencoder(recon_loss: str, **options: Any) -> Callable[[Draw, int], Problem]:
     def make(draw: Draw, rows: int) -> Problem:
         def loss(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -274,6 +285,13 @@ def _examples() -> Iterator[Example]:
     yield Example("weighted mean", "l1_loss", _regression(gk.l1_loss, weighted=True))
     yield Example("per element", "smooth_l1_loss", _regression(gk.smooth_l1_loss, beta=1.5, reduction="none"))
     yield Example("weighted mean", "huber_loss", _regression(gk.huber_loss, weighted=True, delta=0.7))
+    yield Example("forward", "kl_div_with_logits", _students(gk.kl_div_with_logits, temperature=1.5))
+    reverse = _students(gk.kl_div_with_logits, direction="reverse", reduction="none")
+    yield Example("reverse per row", "kl_div_with_logits", reverse)
+    mixed = _students(gk.js_div_with_logits, beta=0.3, temperature=2.0, reduction="mean")
+    yield Example("mean", "js_div_with_logits", mixed)
+    yield Example("per row", "categorical_entropy", _entropy)
+    yield Example("sum", "categorical_entropy", lambda draw, rows: _entropy(draw, rows, reduction="sum"))
     loss = "vae_loss"
     yield Example("logits", loss, _autoencoder("bce_with_logits", beta=2.0))
     yield Example("probabilities, free bits", loss, _autoencoder("bce", free_bits=0.3, reduction="mean"))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import genloss_kernels as gk
 from genloss_kernels.core.reduction import Reduction, accumulator
 from genloss_kernels.losses.binary_cross_entropy.reference import NAME as BINARY
+from genloss_kernels.losses.divergence.reference import Kind
 from genloss_kernels.losses.gaussian_kl.reference import CLAMPED, GENERAL
 from genloss_kernels.losses.gaussian_kl.reference import NAME as GAUSSIAN
 
@@ -261,9 +262,22 @@ def test_opcheck_vocab_parallel(soft: bool, dtype: torch.dtype, path: str, devic
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", list(Kind))
+def test_opcheck_divergence(kind: Kind, dtype: torch.dtype, path: str, device: torch.device) -> None:
+    draw = Draw(device, torch.float32)
+    for shape, divisor in (((3, 5), None), ((2, 3, 4), 2)):
+        input, target = draw.normal(*shape).to(dtype), draw.normal(*shape).to(dtype)
+        tensors = [input, None if kind == Kind.ENTROPY else target]
+        formula, needed = [int(kind), 1.5, 0.3, divisor], 1 if kind == Kind.ENTROPY else 3
+        forward, backward = torch.ops.genloss.divergence_forward.default, torch.ops.genloss.divergence_backward.default
+        loss, *rest = _check(forward, *tensors, *formula, needed, dtype, path == "triton")
+        _check(backward, *tensors, *rest, torch.ones_like(loss), *formula, needed, path == "triton")
+
+
 def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
-    families = ("cross_entropy", "elementwise", "nll_loss", "pair", "penalty")
+    families = ("cross_entropy", "divergence", "elementwise", "nll_loss", "pair", "penalty")
     both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
     both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("connected", "reduced", "rows", "rows_backward")}
     ways = ("forward", "backward", "linear_reduced", "linear_rows", "linear_rows_backward", "sum")
@@ -382,6 +396,7 @@ def _step(*tensors: Tensor) -> Tensor:
     logits, other, target = tensors
     loss = gk.cross_entropy(logits, target, z_loss=0.1) + gk.nll_loss(logits, target)
     loss = loss + gk.binary_cross_entropy_with_logits(logits, other.sigmoid())
+    loss = loss + gk.kl_div_with_logits(logits, other) + gk.js_div_with_logits(logits, other, reduction="mean")
     return loss + gk.gaussian_kl(logits, other)
 
 
@@ -618,6 +633,8 @@ def _autocast_losses(draw: Draw) -> dict[str, tuple[Callable[[Tensor], Tensor], 
             draw.normal(6, 5),
         ),
         "gaussian_kl": (lambda x: gk.gaussian_kl(x, prior.to(x)), draw.normal(6, 5)),
+        "kl_div_with_logits": (lambda x: gk.kl_div_with_logits(x, x.detach().flip(0)), draw.normal(6, 5)),
+        "categorical_entropy": (gk.categorical_entropy, draw.normal(6, 5)),
     }
 
 
@@ -672,7 +689,9 @@ def _in_thread(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits", "gaussian_kl"])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", "binary_cross_entropy_with_logits", "gaussian_kl", "kl_div_with_logits", "js_div_with_logits"]
+)
 @pytest.mark.parametrize("small", ["blocks"], indirect=True)
 @pytest.mark.parametrize(("forward", "backward"), [("eager", "triton"), ("triton", "eager")])
 def test_backward_on_another_thread_follows_the_forward(

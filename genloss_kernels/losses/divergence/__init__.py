@@ -1,0 +1,1 @@
+"""Divergences between categorical distributions given by their logits, and their entropy."""
