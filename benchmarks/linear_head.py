@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lm_report import device_name
+from curves import device_name
 from torch import Tensor
 from tqdm import tqdm
 

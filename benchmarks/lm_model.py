@@ -1,8 +1,5 @@
 """Decoder-only language model for train_lm.py."""
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,12 +54,3 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.hidden(inputs))
-
-
-@torch.no_grad()
-def perturb_by_one_ulp(model: nn.Module, seed: int) -> None:
-    """Move every parameter to a neighbouring floating-point number, up or down at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        upwards = torch.randint(2, parameter.shape, generator=generator, dtype=torch.bool)
-        parameter.copy_(torch.nextafter(parameter, torch.where(upwards, math.inf, -math.inf)))

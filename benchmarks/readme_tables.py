@@ -60,7 +60,7 @@ def training_section(report: dict[str, Any], folder: Path) -> str:
     for name, run in report["runs"].items():
         above = (run["peak_memory_bytes"] - run["baseline_memory_bytes"]) / 2**20
         speed = f"{report['step_time_ratios'][name]['median']:.2f}"
-        rows.append([name, f"{run['tokens_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
+        rows.append([name, f"{run['items_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
     check = report["check"]
     path = folder.relative_to(ROOT)
     return (

@@ -39,20 +39,17 @@ Written to --out: train_lm.json, train_lm.png, and the tokeniser and token ids f
 
 import argparse
 import dataclasses
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from curves import check_curves, device_name, loss_table, save_json, save_plot, speed_table, verdict
 from lm_data import Corpus, prepare_corpus
-from lm_report import check_curves, device_name, loss_table, save_json, save_plot, speed_table, verdict
-from lm_train import Config, Objective, Run, loss_from_hidden, loss_from_logits, train
+from lm_train import Config, Objective, loss_from_hidden, loss_from_logits, train
+from runs import Run, call_here, call_in_new_process
 
 import genloss_kernels
 
@@ -70,7 +67,8 @@ def main(argv: Sequence[str] | None = None, objectives: Mapping[str, Objective] 
     """Run the comparison and return the exit status; without `isolate` all runs share this process."""
     args = _parse_args(argv)
     config = Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
-    call = _call_in_new_process if isolate else _call_here
+    # Making the tokens takes memory, which a child of this process would begin with.
+    call = call_in_new_process if isolate else call_here
 
     corpus: Corpus = call(prepare_corpus, args.text, args.max_mb * 10**6, config.vocab_size, args.out)
     if corpus.tokens <= config.seq_len:
@@ -91,27 +89,17 @@ def main(argv: Sequence[str] | None = None, objectives: Mapping[str, Objective] 
     reference, *ours, control = (run.losses for run in runs.values())
     checks = [check_curves(reference, losses, control) for losses in ours]
     check = max(checks, key=lambda check: (not check.passed, check.ours_gap))
-    save_plot(args.out / "train_lm.png", runs, check)
-    save_json(args.out / "train_lm.json", config, corpus, runs, check)
+    save_plot(args.out / "train_lm.png", runs, check, "cross entropy (nats per token)")
+    # Where the caches lie is this machine's business.
+    text = {name: value for name, value in dataclasses.asdict(corpus).items() if not name.endswith("_path")}
+    rest = {"config": dataclasses.asdict(config), "corpus": text}
+    save_json(args.out / "train_lm.json", config.device, runs, check, **rest)
     print(f"\n{speed_table(runs, config.device)}\n\n{loss_table(runs)}\n\n{verdict(check)}")
     return 0 if check.passed else 1
 
 
 def _train_on_corpus(config: Config, corpus: Corpus, objective: Objective, perturb: bool, name: str) -> Run:
     return train(config, corpus.load_tokens(), objective, perturb, name)
-
-
-def _call_in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    # Spawned, not forked: a forked child would start from this process's memory and CUDA state. Even so Linux lets the
-    # child's ru_maxrss begin at this process's peak, which is why the memory-hungry BPE training runs in a child too.
-    # By default OpenMP threads spin while they wait, and one other busy process makes a step several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *args).result()
-
-
-def _call_here(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

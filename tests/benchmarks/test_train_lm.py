@@ -17,9 +17,10 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import lm_data
 import train_lm
-from lm_model import Decoder, perturb_by_one_ulp
-from lm_report import check_curves
+from curves import check_curves
+from lm_model import Decoder
 from lm_train import loss_from_hidden, loss_from_logits
+from runs import perturb_by_one_ulp
 
 TORCH = [10.0, 9.0, 8.0]
 CONTROL = [10.0, 9.001, 8.0]

@@ -1,4 +1,4 @@
-"""Comparison of the loss curves, and the tables, plot and JSON that train_lm.py writes."""
+"""Comparison of loss curves, and the tables, plot and JSON that the training scripts write."""
 
 import importlib.metadata
 import json
@@ -7,17 +7,17 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from lm_data import Corpus
-from lm_train import Config, Run
 from matplotlib.figure import Figure
+from runs import Run
 
 BAND_FACTOR = 3.0
 FLOOR_ULPS = 8
 _TABLE_ROWS = 12
-_PACKAGES = ("genloss_kernels", "torch", "triton", "tokenizers", "numpy")
+_PACKAGES = ("genloss_kernels", "torch", "triton", "tokenizers", "scikit-learn", "numpy")
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def check_curves(torch_losses: Sequence[float], ours: Sequence[float], control: 
 def speed_table(runs: dict[str, Run], device: str) -> str:
     memory = "peak CUDA memory" if device.startswith("cuda") else "peak RSS"
     titles = f"{'median step':>15}{'ratio':>8}{'10th percentile':>19}{'ratio':>8}{memory:>20}{'above baseline':>18}"
-    lines = [f"{'run':<17}{'tokens/s':>10}{titles}"]
+    unit = next(iter(runs.values())).unit
+    lines = [f"{'run':<17}{f'{unit}/s':>10}{titles}"]
     ratios = step_time_ratios(runs)
     for name, run in runs.items():
         lines.append(
-            f"{name:<17}{run.tokens_per_second:>10.0f}"
+            f"{name:<17}{run.items_per_second:>10.0f}"
             f"{run.median_step_seconds * 1e3:>12.1f} ms{ratios[name]['median']:>8.2f}"
             f"{run.p10_step_seconds * 1e3:>16.1f} ms{ratios[name]['p10']:>8.2f}"
             f"{run.peak_memory / 2**20:>16.0f} MiB{(run.peak_memory - run.baseline_memory) / 2**20:>14.0f} MiB"
@@ -95,7 +96,7 @@ def verdict(check: CurveCheck) -> str:
     )
 
 
-def save_plot(path: Path, runs: dict[str, Run], check: CurveCheck) -> None:
+def save_plot(path: Path, runs: dict[str, Run], check: CurveCheck, label: str) -> None:
     reference, *others = runs
     # Without pyplot no window system is ever asked for.
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -103,7 +104,7 @@ def save_plot(path: Path, runs: dict[str, Run], check: CurveCheck) -> None:
     steps = range(1, len(runs[reference].losses) + 1)
     for (name, run), style in zip(runs.items(), ("-", "--", "-.", ":"), strict=False):
         loss_axis.plot(steps, run.losses, style, label=name, linewidth=2)
-    loss_axis.set_ylabel("cross entropy (nats per token)")
+    loss_axis.set_ylabel(label)
     loss_axis.legend()
 
     for position, name in enumerate(others, start=1):
@@ -121,13 +122,11 @@ def save_plot(path: Path, runs: dict[str, Run], check: CurveCheck) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_json(path: Path, config: Config, corpus: Corpus, runs: dict[str, Run], check: CurveCheck) -> None:
+def save_json(path: Path, device: str, runs: dict[str, Run], check: CurveCheck, **rest: Any) -> None:
     report = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "device": device_name(config.device),
-        "config": asdict(config),
-        # Where the caches lie is this machine's business.
-        "corpus": {name: value for name, value in asdict(corpus).items() if not name.endswith("_path")},
+        "device": device_name(device),
+        **rest,
         "check": asdict(check),
         "step_time_ratios": step_time_ratios(runs),
         "runs": {name: run.summary() for name, run in runs.items()},
