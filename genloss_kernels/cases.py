@@ -598,10 +598,10 @@ def _nll_loss() -> Iterator[Case]:
 
 def _binary_cross_entropy() -> Iterator[Case]:
     loss = "binary_cross_entropy_with_logits"
-    yield _case(loss, "elements 2**20", _binary(2**20), BYTES)
+    yield _case(loss, "elements 2**18", _binary(2**18), BYTES)
     yield _case(loss, "elements 2**15", _binary(2**15), DOCTOR)
-    yield _case(loss, "ragged elements 2**20 + 5", _binary(2**20 + 5), BYTES)
-    yield _case(loss, "pos_weight[1024]", _binary(1024, 1024, positive=(1024,)), BYTES)
+    yield _case(loss, "ragged elements 2**18 + 5", _binary(2**18 + 5), BYTES)
+    yield _case(loss, "pos_weight[1024]", _binary(256, 1024, positive=(1024,)), BYTES)
     yield _case(loss, "pos_weight[257]", _binary(1021, 257, positive=(257,)), BYTES)
     yield _case(loss, "few rows, pos_weight[1024]", _binary(32, 1024, positive=(1024,)), DOCTOR)
     yield _case(loss, "few rows, pos_weight[257]", _binary(61, 257, positive=(257,)), DOCTOR)
@@ -617,11 +617,11 @@ def _binary_cross_entropy() -> Iterator[Case]:
 
 def _gaussian_kl() -> Iterator[Case]:
     loss = "gaussian_kl"
-    yield _case(loss, "standard 1024 x 1024", _gaussians(1024, 1024), BYTES)
+    yield _case(loss, "standard 512 x 512", _gaussians(512, 512), BYTES)
     yield _case(loss, "standard 32 x 1024", _gaussians(32, 1024), DOCTOR)
-    yield _case(loss, "general 1024 x 1024", _gaussians(1024, 1024, general=True), BYTES)
+    yield _case(loss, "general 512 x 512", _gaussians(512, 512, general=True), BYTES)
     yield _case(loss, "general 32 x 1024", _gaussians(32, 1024, general=True), DOCTOR)
-    yield _case(loss, "ragged 1021 x 1023", _gaussians(1021, 1023), BYTES)
+    yield _case(loss, "ragged 509 x 511", _gaussians(509, 511), BYTES)
     yield _case(loss, "learned prior 61 x 33", _gaussians(61, 33, prior=(33,), reduction="mean"), DOCTOR)
     yield _case(
         loss, "free bits, capacity, clamp",
@@ -650,7 +650,7 @@ def _regressions() -> Iterator[Case]:
         "mse_loss": {}, "l1_loss": {}, "smooth_l1_loss": {"beta": 0.25}, "huber_loss": {"delta": 0.25},
     }  # fmt: skip
     for loss, threshold in options.items():
-        yield _case(loss, "elements 2**20", _regression(2**20, **threshold), BYTES)
+        yield _case(loss, "elements 2**18", _regression(2**18, **threshold), BYTES)
         yield _case(loss, "elements 2**15", _regression(2**15, **threshold), DOCTOR)
         if loss != "smooth_l1_loss":
             yield _case(loss, "weighted", _regression(37, 1001, weighted=True, **threshold), DOCTOR)
@@ -673,7 +673,7 @@ def _likelihood(*shape: int, var: tuple[int, ...] | float = (), **options: Any) 
 
 def _gaussian_nll_loss() -> Iterator[Case]:
     loss = "gaussian_nll_loss"
-    yield _case(loss, "elements 2**20", _likelihood(2**20), BYTES)
+    yield _case(loss, "elements 2**18", _likelihood(2**18), BYTES)
     yield _case(loss, "elements 2**15", _likelihood(2**15, full=True), DOCTOR)
     yield _case(loss, "clamped", _likelihood(37, 1001, eps=0.5), DOCTOR)
     yield _case(loss, "one variance a row", _likelihood(61, 257, var=(61, 1)), DOCTOR)
@@ -731,7 +731,7 @@ def _divergences() -> Iterator[Case]:
 
 def _vae_loss() -> Iterator[Case]:
     loss, logits = "vae_loss", "bce_with_logits"
-    yield _case(loss, "logits (32, 3, 64, 64) and 128", _autoencoder(32, 3, 64, 64, latents=128, recon_loss=logits), BYTES)
+    yield _case(loss, "logits (8, 3, 64, 64) and 128", _autoencoder(8, 3, 64, 64, latents=128, recon_loss=logits), BYTES)
     yield _case(loss, "logits 37 x 784 and 20", _autoencoder(37, 784, latents=20, recon_loss=logits), DOCTOR)
     yield _case(loss, "squares, ragged 61 x 5003 and 1021", _autoencoder(61, 5003, latents=1021, recon_loss="mse"), BYTES)
     yield _case(loss, "squares 7 x 1001 and 33", _autoencoder(7, 1001, latents=33, recon_loss="mse", beta=4.0), DOCTOR)
@@ -742,8 +742,8 @@ def _vae_loss() -> Iterator[Case]:
         _autoencoder(17, 501, latents=101, recon_loss=logits, free_bits=0.5, capacity=120.0, annealed=0.75), DOCTOR,
     )  # fmt: skip
     yield _case(
-        loss, "capacity (32, 3, 64, 64) and 4096",
-        _autoencoder(32, 3, 64, 64, latents=4096, recon_loss="mse", capacity=4000.0), BYTES,
+        loss, "capacity (8, 3, 64, 64) and 4096",
+        _autoencoder(8, 3, 64, 64, latents=4096, recon_loss="mse", capacity=4000.0), BYTES,
     )  # fmt: skip
     yield _case(
         loss, "per sample", _autoencoder(17, 501, latents=33, recon_loss="mse", reduction="none", capacity=40.0), DOCTOR
@@ -757,8 +757,8 @@ GAN_KINDS = ("minimax", "non_saturating", "lsgan", "hinge", "wasserstein", "rela
 
 
 def _adversarial() -> Iterator[Case]:
-    loss, patches = "gan_discriminator_loss", (64, 1, 128, 128)
-    yield _case(loss, "patches (64, 1, 128, 128)", _scores({}, real=patches, fake=patches), BYTES)
+    loss, few, patches = "gan_discriminator_loss", (16, 1, 128, 128), (64, 1, 128, 128)
+    yield _case(loss, "patches (16, 1, 128, 128)", _scores({}, real=few, fake=few), BYTES)
     yield _case(loss, "ragged sides", _scores({"kind": "lsgan"}, real=(2**18 + 5,), fake=(2**17 + 3,)), BYTES)
     for kind in GAN_KINDS:
         fake = (37, 31) if kind == "relativistic" else (53, 41)
@@ -768,12 +768,12 @@ def _adversarial() -> Iterator[Case]:
     )  # fmt: skip
     yield _case(loss, "patches", _scores({}, real=patches, fake=patches), BENCH, dtypes=_DTYPES_32)
     loss = "gan_generator_loss"
-    yield _case(loss, "patches (64, 1, 128, 128)", _scores({}, fake=patches), BYTES)
+    yield _case(loss, "patches (16, 1, 128, 128)", _scores({}, fake=few), BYTES)
     for kind in GAN_KINDS:
         shapes = {"fake": (37, 31)} | ({"real": (37, 31)} if kind == "relativistic" else {})
         yield _case(loss, kind, _scores({"kind": kind, "reduction": "sum"}, **shapes), DOCTOR)
     for loss in ("gradient_penalty", "r1_penalty"):
-        yield _case(loss, "images (32, 3, 64, 64)", _scores({}, grad=(32, 3, 64, 64)), BYTES)
+        yield _case(loss, "images (8, 3, 64, 64)", _scores({}, grad=(8, 3, 64, 64)), BYTES)
         yield _case(loss, "vectors 37 x 129", _scores({}, grad=(37, 129)), DOCTOR)
         yield _case(loss, "per sample", _scores({"reduction": "none"}, grad=(5, 3, 33, 31)), DOCTOR)
         yield _case(loss, "images", _scores({}, grad=(64, 3, 64, 64)), BENCH, dtypes=_DTYPES_32)
@@ -785,7 +785,7 @@ def _energy() -> Iterator[Case]:
     def sides(*shapes: tuple[int, ...], **options: Any) -> Callable[..., Call]:
         return _scores(options, **dict(zip(names, shapes, strict=True)))
 
-    yield _case(loss, "energies 2**19 and 2**18", sides((2**19,), (2**18,), l2=0.1), BYTES)
+    yield _case(loss, "energies 2**18 and 2**17", sides((2**18,), (2**17,), l2=0.1), BYTES)
     yield _case(loss, "energies 1003 and 517", sides((1003,), (517,), l2=0.1), DOCTOR)
     yield _case(loss, "per element", sides((37, 31), (37, 31), l2=0.1, reduction="none"), DOCTOR)
     yield _case(loss, "energies", sides((2**20,), (2**20,), l2=0.1), BENCH, dtypes=_DTYPES_32)

@@ -199,10 +199,23 @@ def representatives(kernels: Iterable[Specialisation], *, thorough: bool = False
     return chosen
 
 
+def sample(kernels: Sequence[Specialisation]) -> list[Specialisation]:
+    """All of bfloat16; of the other dtypes, which differ in types and tiles, those on the most and the fewest tensors."""
+    groups: dict[tuple[Any, ...], list[Specialisation]] = {}
+    for kernel in kernels:
+        if kernel.dtype != "bfloat16":
+            tile = tuple(str(kernel[name]) for name in kernel.kernel.arg_names if name.startswith("BLOCK"))
+            groups.setdefault((kernel.name, kernel.formula, kernel.dtype, tile, kernel.num_warps), []).append(kernel)
+    kept = {id(choose(group, key=Specialisation.pointers)) for group in groups.values() for choose in (max, min)}
+    return [kernel for kernel in kernels if kernel.dtype == "bfloat16" or id(kernel) in kept]
+
+
 def gate(
     share: int = 0, shares: int = 1, *, thorough: bool = False, dtypes: tuple[torch.dtype, ...] | None = None
 ) -> tuple[list[Machine], list[str]]:
     """Read each specialisation of a share, and compile representatives for other targets; returns what fails, too."""
     every = list(specialisations(thorough=thorough) if dtypes is None else specialisations(dtypes, thorough=thorough))
     elsewhere = representatives(every, thorough=thorough)
+    if not thorough and dtypes is None:
+        every = sample(every)
     return list(read(every[share::shares])), list(compile_elsewhere(elsewhere[share::shares]))
