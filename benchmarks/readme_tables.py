@@ -2,7 +2,7 @@
 
     python benchmarks/readme_tables.py [--check]
 
-Reads bench.json, linear_head.json and train_lm.json in each folder of benchmarks/results, and
+Reads bench.json, linear_head.json and train_*.json in each folder of benchmarks/results, and
 benchmarks/results/meters.json. With --check nothing is written, and the exit status is 1 if README.md does not say what
 the files say.
 """
@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,20 @@ def bench_section(report: dict[str, Any], folder: Path) -> str:
     )
 
 
-def training_section(report: dict[str, Any], folder: Path) -> str:
-    rows = []
-    for name, run in report["runs"].items():
+def training_section(report: dict[str, Any], folder: Path, name: str) -> str:
+    rows, unit = [], report["runs"]["torch"]["unit"]
+    for run_name, run in report["runs"].items():
         above = (run["peak_memory_bytes"] - run["baseline_memory_bytes"]) / 2**20
-        speed = f"{report['step_time_ratios'][name]['median']:.2f}"
-        rows.append([name, f"{run['items_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
+        speed = f"{report['step_time_ratios'][run_name]['median']:.2f}"
+        rows.append([run_name, f"{run['items_per_second']:.0f}", speed, f"{above:.0f} MiB", f"{run['losses'][-1]:.4f}"])
     check = report["check"]
     path = folder.relative_to(ROOT)
+    pictures = f", [pictures]({path}/{name}_pictures.png)" if (folder / f"{name}_pictures.png").exists() else ""
     return (
-        f"**Training** a small language model (`benchmarks/train_lm.py`, {report['config']['vocab_size']} tokens). The "
+        f"**Training** {_TRAINED[name]} (`benchmarks/{name}.py`, {len(report['runs']['torch']['losses'])} steps). The "
         f"curves part by {check['ours_gap']:.1e} where {check['allowed']:.1e} is allowed and the control run shows "
-        f"{check['control_gap']:.1e}. [Curves]({path}/train_lm.json), [plot]({path}/train_lm.png).\n\n"
-        + markdown_table(["run", "tokens/s", "step time / torch's", "memory above baseline", "last loss"], rows)
+        f"{check['control_gap']:.1e}. [Curves]({path}/{name}.json), [plot]({path}/{name}.png){pictures}.\n\n"
+        + markdown_table(["run", f"{unit}/s", "step time / torch's", "memory above baseline", "last loss"], rows)
     )
 
 
@@ -110,7 +112,18 @@ def meters_section(report: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"bench.json": bench_section, "linear_head.json": head_section, "train_lm.json": training_section}
+# What each training script trains.
+_TRAINED = {
+    "train_lm": "a small language model",
+    "train_vae": "a variational autoencoder on handwritten digits, beta growing",
+    "train_gan": "a DCGAN on handwritten digits, with a penalty on gradients",
+    "train_energy": "an energy-based model on handwritten digits",
+}
+SECTIONS = {
+    "bench.json": bench_section,
+    "linear_head.json": head_section,
+    **{f"{name}.json": partial(training_section, name=name) for name in _TRAINED},
+}
 
 
 def figures() -> str:
