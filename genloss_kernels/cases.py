@@ -413,6 +413,7 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "nll_loss": F.nll_loss,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
+        "kl_div": F.kl_div,
         "gaussian_nll_loss": F.gaussian_nll_loss,
         "mse_loss": F.mse_loss,
         "l1_loss": F.l1_loss,
@@ -683,6 +684,31 @@ def _energy() -> Iterator[Case]:
     yield _case(loss, "energies", sides((2**20,), (2**20,), l2=0.1), BENCH, dtypes=_DTYPES_32)
 
 
+def _divergence(*shape: int, learned: bool = False, **options: Any) -> Callable[..., Call]:
+    """Distributions over dimension 1, of which the target's is ``learned`` too or not."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        x, t = (torch.log_softmax(_logits(generator, device, torch.float32, *shape), 1) for _ in range(2))
+        target = t if options.get("log_target") else t.exp()
+        arguments = {"input": x.to(dtype), "target": target.to(dtype), "reduction": "batchmean", **options}
+        return Call(arguments, ("input", "target") if learned else ("input",))
+
+    return make
+
+
+def _kl_div() -> Iterator[Case]:
+    loss = "kl_div"
+    yield _case(loss, "rows 1024 x 1024", _divergence(1024, 1024), BYTES)
+    yield _case(loss, "rows 32 x 1024", _divergence(32, 1024), DOCTOR)
+    yield _case(loss, "logarithms, both learned", _divergence(1024, 1024, log_target=True, learned=True), BYTES)
+    yield _case(loss, "few logarithms, both learned", _divergence(32, 1024, log_target=True, learned=True), DOCTOR)
+    yield _case(loss, "both learned", _divergence(61, 257, learned=True, reduction="sum"), DOCTOR)
+    yield _case(loss, "per element", _divergence(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "rows", _flat(_divergence), BENCH, dtypes=(dtype,))
+    yield _case(loss, "logarithms", _flat(_divergence, log_target=True), BENCH, dtypes=_DTYPES_32)
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_linear_cross_entropy(),
@@ -694,6 +720,7 @@ CASES: tuple[Case, ...] = (
     *_vae_loss(),
     *_adversarial(),
     *_energy(),
+    *_kl_div(),
 )
 
 

@@ -6,6 +6,7 @@ from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.energy.api import contrastive_divergence_loss
 from .losses.gaussian_kl.api import gaussian_kl
 from .losses.gaussian_nll.api import gaussian_nll_loss
+from .losses.kl_div.api import kl_div
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
@@ -25,6 +26,7 @@ __all__ = [
     "gaussian_nll_loss",
     "gradient_penalty",
     "huber_loss",
+    "kl_div",
     "l1_loss",
     "linear_cross_entropy",
     "mse_loss",

@@ -23,6 +23,7 @@ __all__ = [
     "GaussianNLLLoss",
     "GradientPenalty",
     "HuberLoss",
+    "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
     "MSELoss",
@@ -500,3 +501,10 @@ class ContrastiveDivergenceLoss(torch.nn.Module):
 
     def forward(self, positive_energy: Tensor, negative_energy: Tensor) -> Tensor:
         return F.contrastive_divergence_loss(positive_energy, negative_energy, l2=self.l2, reduction=self.reduction)
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """:func:`genloss_kernels.kl_div` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)

@@ -18,9 +18,13 @@ from genloss_kernels.core import launch
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
+from genloss_kernels.losses.kl_div import api as kl_div_api
 
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
+DIVERGENCE = "kl_div"
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 
 BOTH = ("eager", "triton")
 
@@ -54,6 +58,8 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": torch.tensor([0, 1, -100, 4])}
     if loss == BCE:
         return {"input": x, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
+    if loss == DIVERGENCE:
+        return {"input": x - 3.0, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
     return {"mu_q": x, "logvar_q": x * 0.5}
 
 
@@ -217,7 +223,25 @@ def _gaussian_kl() -> Iterator[Row]:
         yield Row(KL, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
-ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl())
+def _kl_div() -> Iterator[Row]:
+    for name in ("input", "target"):
+        for value in ([1.0], 1.0, None):
+            yield Row(DIVERGENCE, {name: value}, TypeError, f"{name} must be a Tensor, not")
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            # torch takes integers, and complex numbers too.
+            message = f"{name} must be .* got {dtype}"
+            yield Row(DIVERGENCE, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, message, torchs=False)
+    for shape in ((4,), (4, 3), (2, 4, 3)):
+        message = rf"must broadcast together, got input \[4, 5\], target \{list(shape)}"
+        yield Row(DIVERGENCE, {"target": _ones(*shape)}, RuntimeError, message)
+    yield Row(DIVERGENCE, {"target": _ones(4, 5, device="meta")}, RuntimeError, "target must be on the input's device")
+    for value in (1, "yes", None):
+        yield Row(DIVERGENCE, {"log_target": value}, TypeError, "log_target must be bool, not", torchs=False)
+    for value in ("average", None, ["mean"]):
+        yield Row(DIVERGENCE, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
+ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_kl_div())
 
 
 def _on_each_path() -> Iterator[pytest.ParameterSet]:
@@ -232,7 +256,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", m
 
 def test_the_table_is_large() -> None:
     assert len(ROWS) >= 200
-    assert {row.loss for row in ROWS} == {CE, NLL, BCE, KL}
+    assert {row.loss for row in ROWS} == {CE, NLL, BCE, KL, DIVERGENCE}
 
 
 def _placed(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -279,6 +303,7 @@ def test_bad_input(row: Row, backend: str, device: torch.device, monkeypatch: py
         if limit is not None:
             monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", limit)
+            monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: limit, True: limit})
         arguments = _placed(good(row.loss) | row.arguments, device)
         before, random_state = _state(arguments), torch.get_rng_state()
         with gk.backend(backend), gk.testing.count_launches() as launches:
@@ -303,7 +328,7 @@ def _assert_torchs_type(row: Row, error: Exception) -> None:
 
 
 @backends
-@pytest.mark.parametrize("loss", [CE, NLL, BCE, KL])
+@pytest.mark.parametrize("loss", sorted({row.loss for row in ROWS}))
 def test_the_good_call_is_good(loss: str, backend: str, device: torch.device) -> None:
     """So that each row fails for what it replaces; and a failed call leaves the next one alone."""
     function, arguments = getattr(gk, loss), _placed(good(loss), device)

@@ -77,10 +77,18 @@ def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
     return tuple(_itemsize(kernel.signature[name]) for name in pointers)
 
 
+def _unread(kernel: Specialisation) -> set[int]:
+    """Operands that a formula does not need, whose loads the compiler drops."""
+    # The divergence's slope in its input is a function of the target alone.
+    input_alone = kernel.formula == "kl_div_gradient" and kernel.signature["grads"][1] == "constexpr"
+    return {0} if input_alone else set()
+
+
 def _elementwise_streams(kernel: Specialisation) -> Streams | None:
     operands = kernel.signature["operands"]
+    read = [place for place in range(len(operands)) if place not in _unread(kernel)]
     places = {
-        kind: [place for place in range(len(operands)) if (kernel["KINDS"] >> (2 * place)) & 3 == kind]
+        kind: [place for place in read if (kernel["KINDS"] >> (2 * place)) & 3 == kind]
         for kind in (_DENSE, _SINGLE, _STRIDED)
     }
     argument = kernel.kernel.arg_names.index("operands")

@@ -10,6 +10,7 @@ from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 from genloss_kernels.losses.energy import api as energy_api
 from genloss_kernels.losses.gaussian_kl import api as gaussian_kl_api
 from genloss_kernels.losses.gaussian_nll import api as gaussian_nll_api
+from genloss_kernels.losses.kl_div import api as kl_div_api
 from genloss_kernels.losses.linear_cross_entropy import api as linear_cross_entropy_api
 from genloss_kernels.losses.regression import api as regression_api
 
@@ -23,4 +24,5 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(linear_cross_entropy_api, "LOGITS_BELOW", 0)
         for api in (adversarial_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
             monkeypatch.setattr(api, "PLAIN_BELOW", 0)
+        monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: 0, True: 0})
     return request.param

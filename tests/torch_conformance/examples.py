@@ -238,6 +238,21 @@ def _energies(reduction: str) -> Callable[[Draw, int], Problem]:
     return make
 
 
+def _divergence(draw: Draw, rows: int) -> Problem:
+    # A target that stays positive however it is moved.
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.kl_div(x, t.sigmoid(), reduction="batchmean")
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _divergence_of_logarithms(draw: Draw, rows: int) -> Problem:
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.kl_div(x, t, reduction="none", log_target=True)
+
+    return loss, (draw.normal(rows, 5), draw.normal(5))
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -267,6 +282,8 @@ def _examples() -> Iterator[Example]:
     # The bounds lie away from every element, sample and log-variance that is drawn.
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
+    yield Example("batchmean", "kl_div", _divergence)
+    yield Example("shared logarithms", "kl_div", _divergence_of_logarithms)
     loss = "gaussian_nll_loss"
     yield Example("with the constant", loss, lambda draw, rows: _likelihood(draw, rows, full=True))
     yield Example("one variance a row", loss, lambda draw, rows: _likelihood(draw, rows, rows, 1, reduction="none"))
