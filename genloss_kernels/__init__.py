@@ -6,6 +6,7 @@ from .functional import (
     CrossEntropyStats,
     LinearCrossEntropyOptions,
     VAELossOutput,
+    binary_cross_entropy,
     binary_cross_entropy_with_logits,
     contrastive_divergence_loss,
     cross_entropy,
@@ -25,6 +26,7 @@ from .functional import (
     vae_loss,
 )
 from .nn import (
+    BCELoss,
     BCEWithLogitsLoss,
     ContrastiveDivergenceLoss,
     CrossEntropyLoss,
@@ -48,6 +50,7 @@ from .nn import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BCELoss",
     "BCEWithLogitsLoss",
     "ContrastiveDivergenceLoss",
     "CrossEntropyLoss",
@@ -71,6 +74,7 @@ __all__ = [
     "VAELossOutput",
     "__version__",
     "backend",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "contrastive_divergence_loss",
     "cross_entropy",

@@ -411,6 +411,7 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "cross_entropy": cross_entropy_oracle,
         "linear_cross_entropy": linear_cross_entropy_oracle,
         "nll_loss": F.nll_loss,
+        "binary_cross_entropy": F.binary_cross_entropy,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
         "kl_div": F.kl_div,
@@ -552,6 +553,33 @@ def _binary_cross_entropy() -> Iterator[Case]:
         yield _case(loss, "elements", _flat(_binary), BENCH, dtypes=(dtype,))
     yield _case(loss, "pos_weight[1024]", _flat(_binary, positive=(1024,)), BENCH, dtypes=_DTYPES_32)
     yield _case(loss, "small batch 64 x 100", _binary(64, 100), BENCH, dtypes=_DTYPES_32)
+
+
+def _certainties(*shape: int, weighted: tuple[int, ...] = (), learned: bool = False, **options: Any) -> Callable[..., Call]:
+    """Probabilities, each certain of one or the other now and then, unless the target is ``learned``."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        def some(*size: int) -> Tensor:
+            return torch.rand(size, generator=generator, device=device)
+
+        # Beyond the ends, and then cut off.
+        x, t = ((some(*shape) * 1.02 - 0.01).clamp(0.0, 1.0).to(dtype) for _ in range(2))
+        x = x.clamp(0.01, 0.99) if learned else x
+        extra = {"weight": (some(*weighted) + 0.5).to(dtype)} if weighted else {}
+        return Call({"input": x, "target": t, **extra, **options}, ("input", "target") if learned else ("input",))
+
+    return make
+
+
+def _binary_cross_entropy_of_probabilities() -> Iterator[Case]:
+    loss = "binary_cross_entropy"
+    yield _case(loss, "elements 2**20", _certainties(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _certainties(2**15), DOCTOR)
+    yield _case(loss, "weight[N, 1]", _certainties(61, 257, weighted=(61, 1), reduction="sum"), DOCTOR)
+    yield _case(loss, "both learned", _certainties(61, 257, learned=True), DOCTOR)
+    yield _case(loss, "per element", _certainties(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "elements", _flat(_certainties), BENCH, dtypes=(dtype,))
 
 
 def _gaussian_kl() -> Iterator[Case]:
@@ -714,6 +742,7 @@ CASES: tuple[Case, ...] = (
     *_linear_cross_entropy(),
     *_nll_loss(),
     *_binary_cross_entropy(),
+    *_binary_cross_entropy_of_probabilities(),
     *_gaussian_kl(),
     *_regressions(),
     *_gaussian_nll_loss(),

@@ -1,7 +1,7 @@
 """The public functions, named as in ``torch.nn.functional``."""
 
 from .losses.adversarial.api import gan_discriminator_loss, gan_generator_loss, gradient_penalty, r1_penalty
-from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
+from .losses.binary_cross_entropy.api import binary_cross_entropy, binary_cross_entropy_with_logits
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.energy.api import contrastive_divergence_loss
 from .losses.gaussian_kl.api import gaussian_kl
@@ -17,6 +17,7 @@ __all__ = [
     "CrossEntropyStats",
     "LinearCrossEntropyOptions",
     "VAELossOutput",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "contrastive_divergence_loss",
     "cross_entropy",

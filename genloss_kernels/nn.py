@@ -13,6 +13,7 @@ from . import functional as F
 from .functional import CrossEntropyStats, VAELossOutput
 
 __all__ = [
+    "BCELoss",
     "BCEWithLogitsLoss",
     "ContrastiveDivergenceLoss",
     "CrossEntropyLoss",
@@ -270,6 +271,13 @@ class NLLLoss(torch.nn.NLLLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """:func:`genloss_kernels.binary_cross_entropy` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

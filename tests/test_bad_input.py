@@ -22,7 +22,7 @@ from genloss_kernels.losses.kl_div import api as kl_div_api
 
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
-DIVERGENCE = "kl_div"
+DIVERGENCE, CHANCES = "kl_div", "binary_cross_entropy"
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 
@@ -58,6 +58,8 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": torch.tensor([0, 1, -100, 4])}
     if loss == BCE:
         return {"input": x, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
+    if loss == CHANCES:
+        return {"input": torch.linspace(0.1, 0.9, 20).view(4, 5), "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
     if loss == DIVERGENCE:
         return {"input": x - 3.0, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
     return {"mu_q": x, "logvar_q": x * 0.5}
@@ -223,6 +225,35 @@ def _gaussian_kl() -> Iterator[Row]:
         yield Row(KL, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
+def _chances() -> Iterator[Row]:
+    for name in ("input", "target"):
+        for value in ([1.0], None):
+            yield Row(CHANCES, {name: value}, TypeError, f"{name} must be a Tensor, not")
+        for value in (-0.5, 1.5, -1e-30, 1.0 + 2.0**-20, math.inf):
+            some = torch.linspace(0.0, 1.0, 20).view(4, 5)
+            some[2, 3] = value
+            message = f"all elements of {name} should be between 0 and 1, got a range of"
+            yield Row(CHANCES, {name: some}, RuntimeError, message)
+    for shape in ((4,), (5, 4), (4, 1), ()):
+        yield Row(CHANCES, {"target": _ones(*shape)}, ValueError, "Target size .* must be the same as input size")
+    for dtype in (torch.int64, torch.bool, torch.float64, torch.bfloat16):
+        message = f"target must have the dtype of the input, torch.float32, got {dtype}"
+        yield Row(CHANCES, {"target": _ones(4, 5, dtype=dtype)}, RuntimeError, message)
+    for dtype in (torch.int64, torch.complex64):
+        yield Row(
+            CHANCES, {"input": _ones(4, 5, dtype=dtype)}, NotImplementedError, f"input must be .* got {dtype}", torchs=False
+        )
+    for shape in ((3,), (2, 4, 5), (6, 1)):
+        yield Row(CHANCES, {"weight": _ones(*shape)}, RuntimeError, r"weight of shape \[.*\] does not broadcast")
+    yield Row(CHANCES, {"weight": 2.0}, TypeError, "weight must be a Tensor, not")
+    yield Row(CHANCES, {"weight": _ones(5, requires_grad=True)}, RuntimeError, "weight, which has requires_grad=True")
+    for name, shape in (("target", (4, 5)), ("weight", (5,))):
+        meta = _ones(*shape, device="meta")
+        yield Row(CHANCES, {name: meta}, RuntimeError, f"{name} must be on the input's device", torchs=False)
+    for value in ("batchmean", None, ["mean"]):
+        yield Row(CHANCES, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
 def _kl_div() -> Iterator[Row]:
     for name in ("input", "target"):
         for value in ([1.0], 1.0, None):
@@ -241,7 +272,7 @@ def _kl_div() -> Iterator[Row]:
         yield Row(DIVERGENCE, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
-ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_kl_div())
+ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div())
 
 
 def _on_each_path() -> Iterator[pytest.ParameterSet]:
@@ -256,7 +287,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", m
 
 def test_the_table_is_large() -> None:
     assert len(ROWS) >= 200
-    assert {row.loss for row in ROWS} == {CE, NLL, BCE, KL, DIVERGENCE}
+    assert {row.loss for row in ROWS} == {CE, NLL, BCE, CHANCES, KL, DIVERGENCE}
 
 
 def _placed(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -303,6 +334,7 @@ def test_bad_input(row: Row, backend: str, device: torch.device, monkeypatch: py
         if limit is not None:
             monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", limit)
+            monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", limit)
             monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: limit, True: limit})
         arguments = _placed(good(row.loss) | row.arguments, device)
         before, random_state = _state(arguments), torch.get_rng_state()

@@ -36,6 +36,8 @@ _FORMULAS = {
     "gaussian_kl_gradient": (1.0, 2.0),
     "gaussian_nll_value": (1.0, 1.0),
     "gaussian_nll_gradient": (1.0, 1.0),
+    "probability_value": (1.0, 1.0),
+    "probability_gradient": (2.0, 2.0),
     "kl_div_value": (0.0, 1.0),
     "kl_div_gradient": (1.0, 1.0),
     "binary_cross_entropy_value": (2.0, 2.0),

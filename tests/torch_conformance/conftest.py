@@ -21,6 +21,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "blocks":
         monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", 0)
+        monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", 0)
         monkeypatch.setattr(linear_cross_entropy_api, "LOGITS_BELOW", 0)
         for api in (adversarial_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
             monkeypatch.setattr(api, "PLAIN_BELOW", 0)

@@ -238,6 +238,16 @@ def _energies(reduction: str) -> Callable[[Draw, int], Problem]:
     return make
 
 
+def _probabilities(draw: Draw, rows: int) -> Problem:
+    weight = draw.positive(rows, 1)
+
+    # Probabilities that stay within however they are moved.
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.binary_cross_entropy(x.sigmoid(), t.sigmoid(), weight)
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
 def _divergence(draw: Draw, rows: int) -> Problem:
     # A target that stays positive however it is moved.
     def loss(x: Tensor, t: Tensor) -> Tensor:
@@ -272,6 +282,7 @@ def _examples() -> Iterator[Example]:
     loss = "nll_loss"
     yield Example("weighted mean", loss, _negative_log_likelihood)
     yield Example("per row", loss, lambda draw, rows: _negative_log_likelihood(draw, rows, reduction="none"))
+    yield Example("weighted", "binary_cross_entropy", _probabilities)
     loss = "binary_cross_entropy_with_logits"
     yield Example("plain", loss, _binary)
     yield Example("weighted smoothed masked", loss, _binary_options)

@@ -15,6 +15,7 @@ COUNTS = {
     "CrossEntropyLoss": (105, 4),
     "LinearCrossEntropyLoss": (857, 20),
     "NLLLoss": (28, 2),
+    "BCELoss": (6, 1),
     "BCEWithLogitsLoss": (6, 1),
     "MSELoss": (8, 1),
     "L1Loss": (5, 1),

@@ -19,6 +19,7 @@ from .examples import every_route
 COUNTS = {
     "nn.functional.cross_entropy": 21,
     "nn.functional.nll_loss": 61,
+    "nn.functional.binary_cross_entropy": 11,
     "nn.functional.binary_cross_entropy_with_logits": 26,
     "nn.functional.mse_loss": 6,
     "nn.functional.l1_loss": 6,
