@@ -415,6 +415,7 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
         "kl_div": F.kl_div,
+        "cosine_embedding_loss": F.cosine_embedding_loss,
         "gaussian_nll_loss": F.gaussian_nll_loss,
         "mse_loss": F.mse_loss,
         "l1_loss": F.l1_loss,
@@ -737,6 +738,35 @@ def _kl_div() -> Iterator[Case]:
     yield _case(loss, "logarithms", _flat(_divergence, log_target=True), BENCH, dtypes=_DTYPES_32)
 
 
+def _embeddings(
+    *shape: int, gap: int = 0, shared: bool = False, learned: bool = True, **options: Any
+) -> Callable[..., Call]:
+    """Pairs of rows, with a ``gap`` between them, or all with one ``shared``; of which one or both are learned."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        n_rows, n_cols = shape
+        first = _logits(generator, device, dtype, n_rows, n_cols + gap)[:, :n_cols]
+        second = _logits(generator, device, dtype, 1 if shared else n_rows, n_cols)
+        target = torch.randint(2, (n_rows,), generator=generator, device=device) * 2 - 1
+        arguments = {"input1": first, "input2": second, "target": target, "margin": -0.5, **options}
+        return Call(arguments, ("input1", "input2") if learned else ("input1",))
+
+    return make
+
+
+def _cosine_embedding_loss() -> Iterator[Case]:
+    loss = "cosine_embedding_loss"
+    yield _case(loss, "rows 1024 x 768", _embeddings(1024, 768), BYTES)
+    yield _case(loss, "long rows 16 x 32768", _embeddings(16, 32768), BYTES)
+    yield _case(loss, "rows 37 x 768", _embeddings(37, 768), DOCTOR)
+    yield _case(loss, "long ragged rows 3 x 5003", _embeddings(3, 5003, margin=0.0), DOCTOR)
+    yield _case(loss, "short rows 501 x 7", _embeddings(501, 7, reduction="sum"), DOCTOR)
+    yield _case(loss, "rows apart, one learned", _embeddings(61, 128, gap=8, learned=False), DOCTOR)
+    yield _case(loss, "one row for all, per pair", _embeddings(37, 64, shared=True, learned=False, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "rows of 1024", _flat(_embeddings), BENCH, dtypes=(dtype,))
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_linear_cross_entropy(),
@@ -750,6 +780,7 @@ CASES: tuple[Case, ...] = (
     *_adversarial(),
     *_energy(),
     *_kl_div(),
+    *_cosine_embedding_loss(),
 )
 
 

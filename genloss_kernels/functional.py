@@ -2,6 +2,7 @@
 
 from .losses.adversarial.api import gan_discriminator_loss, gan_generator_loss, gradient_penalty, r1_penalty
 from .losses.binary_cross_entropy.api import binary_cross_entropy, binary_cross_entropy_with_logits
+from .losses.cosine.api import cosine_embedding_loss
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.energy.api import contrastive_divergence_loss
 from .losses.gaussian_kl.api import gaussian_kl
@@ -20,6 +21,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "contrastive_divergence_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "gan_discriminator_loss",
     "gan_generator_loss",

@@ -16,6 +16,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "ContrastiveDivergenceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "FusedLMHead",
     "GANDiscriminatorLoss",
@@ -509,6 +510,13 @@ class ContrastiveDivergenceLoss(torch.nn.Module):
 
     def forward(self, positive_energy: Tensor, negative_energy: Tensor) -> Tensor:
         return F.contrastive_divergence_loss(positive_energy, negative_energy, l2=self.l2, reduction=self.reduction)
+
+
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    """:func:`genloss_kernels.cosine_embedding_loss` as a module, with torch's arguments."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(input1, input2, target, margin=self.margin, reduction=self.reduction)
 
 
 class KLDivLoss(torch.nn.KLDivLoss):

@@ -17,12 +17,13 @@ import genloss_kernels as gk
 from genloss_kernels.core import launch
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
+from genloss_kernels.losses.cosine import api as cosine_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 from genloss_kernels.losses.kl_div import api as kl_div_api
 
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
-DIVERGENCE, CHANCES = "kl_div", "binary_cross_entropy"
+DIVERGENCE, CHANCES, COSINE = "kl_div", "binary_cross_entropy", "cosine_embedding_loss"
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 
@@ -58,6 +59,8 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": torch.tensor([0, 1, -100, 4])}
     if loss == BCE:
         return {"input": x, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
+    if loss == COSINE:
+        return {"input1": x, "input2": x.flip(1), "target": torch.tensor([1, -1, -1, 1])}
     if loss == CHANCES:
         return {"input": torch.linspace(0.1, 0.9, 20).view(4, 5), "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
     if loss == DIVERGENCE:
@@ -254,6 +257,34 @@ def _chances() -> Iterator[Row]:
         yield Row(CHANCES, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
+def _cosine() -> Iterator[Row]:
+    for name in ("input1", "input2", "target"):
+        for value in ([1.0], 1.0, None):
+            yield Row(COSINE, {name: value}, TypeError, f"{name} must be a Tensor, not")
+    for name in ("input1", "input2"):
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            message = f"{name} must be .* got {dtype}"
+            yield Row(COSINE, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, message, torchs=False)
+        # Of one dimension, of three, and of as many as the target.
+        for shape in ((5,), (2, 4, 5), ()):
+            message = rf"a 1D target expects 2D inputs.*{name} \{list(shape)}"
+            yield Row(COSINE, {name: _ones(*shape)}, RuntimeError, message)
+        for shape in ((4, 3), (3, 5)):
+            message = rf"the shapes do not broadcast together: .*{name} \{list(shape)}"
+            yield Row(COSINE, {name: _ones(*shape)}, RuntimeError, message)
+    yield Row(COSINE, {"target": _ones(4, 5)}, RuntimeError, r"multi-target not supported, got \[4, 5\]")
+    yield Row(COSINE, {"target": _ones(3)}, RuntimeError, r"the shapes do not broadcast together: .*target \[3\]")
+    yield Row(COSINE, {"target": _ones()}, RuntimeError, "a 0D target expects 1D inputs")
+    yield Row(COSINE, {"target": _ones(4, dtype=torch.complex64)}, RuntimeError, "target must hold labels", torchs=False)
+    for name, shape in (("input2", (4, 5)), ("target", (4,))):
+        meta = _ones(*shape, device="meta")
+        yield Row(COSINE, {name: meta}, RuntimeError, f"{name} must be on the input's device", torchs=False)
+    for value in ("1", None, True, torch.tensor(0.5)):
+        yield Row(COSINE, {"margin": value}, TypeError, "margin must be a number, not", torchs=False)
+    for value in ("batchmean", None, ["mean"]):
+        yield Row(COSINE, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
 def _kl_div() -> Iterator[Row]:
     for name in ("input", "target"):
         for value in ([1.0], 1.0, None):
@@ -272,7 +303,7 @@ def _kl_div() -> Iterator[Row]:
         yield Row(DIVERGENCE, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
-ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div())
+ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div(), *_cosine())
 
 
 def _on_each_path() -> Iterator[pytest.ParameterSet]:
@@ -287,7 +318,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("triton", m
 
 def test_the_table_is_large() -> None:
     assert len(ROWS) >= 200
-    assert {row.loss for row in ROWS} == {CE, NLL, BCE, CHANCES, KL, DIVERGENCE}
+    assert {row.loss for row in ROWS} == {CE, NLL, BCE, CHANCES, KL, DIVERGENCE, COSINE}
 
 
 def _placed(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -332,6 +363,7 @@ def test_bad_input(row: Row, backend: str, device: torch.device, monkeypatch: py
     # With and without the built-in that small inputs go to, as if this input were large.
     for limit in (None, 0):
         if limit is not None:
+            monkeypatch.setattr(cosine_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", limit)

@@ -191,6 +191,7 @@ results = [
     gk.binary_cross_entropy_with_logits(x, probabilities, mask=probabilities > 0.5, label_smoothing=0.1),
     gk.binary_cross_entropy(x.sigmoid(), probabilities), gk.BCELoss()(x.sigmoid(), probabilities),
     gk.kl_div(x.log_softmax(1), probabilities, reduction="batchmean"),
+    gk.cosine_embedding_loss(x, probabilities, y),
     gk.gaussian_kl(x, x * 0.1),
     gk.gaussian_kl(x, x * 0.1, x * 0.2, x * 0.3, capacity=1.0, free_bits=0.1),
     gk.CrossEntropyLoss()(x, y), gk.NLLLoss()(x, y), gk.BCEWithLogitsLoss()(x, probabilities), gk.GaussianKLLoss()(x, x),

@@ -112,6 +112,19 @@ def _itemsize(pointer: str) -> int:
     return _BYTES[pointer.lstrip("*")]
 
 
+def _cosine_streams(kernel: Specialisation) -> Streams | None:
+    names, forward = ("first", "second"), "forward" in kernel.name
+    aligned = kernel.divisible("n_cols") and all(
+        kernel.divisible(f"{name}_{what}") for name in names for what in ("ptr", "stride")
+    )
+    if not aligned:
+        return None
+    loads = _sizes(kernel, [f"{name}_ptr" for name in names])
+    given = [] if forward else [f"{name}_grad_ptr" for name in names]
+    stores = _sizes(kernel, [name for name in given if kernel.signature[name] != "constexpr"])
+    return Streams(loads, stores, (), (), _elements(kernel, kernel["ROWS"] * kernel["COLS"]))
+
+
 # The kernels that walk memory by whole vectors; others gather, or hold few values.
 STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_forward_rows_kernel": _row_streams,
@@ -121,4 +134,6 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
     "_elementwise_forward_kernel": _elementwise_streams,
     "_elementwise_backward_kernel": _elementwise_streams,
+    "_cosine_forward_kernel": _cosine_streams,
+    "_cosine_backward_kernel": _cosine_streams,
 }

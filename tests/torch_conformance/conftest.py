@@ -6,6 +6,7 @@ import pytest
 
 from genloss_kernels.losses.adversarial import api as adversarial_api
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
+from genloss_kernels.losses.cosine import api as cosine_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 from genloss_kernels.losses.energy import api as energy_api
 from genloss_kernels.losses.gaussian_kl import api as gaussian_kl_api
@@ -19,6 +20,7 @@ from genloss_kernels.losses.regression import api as regression_api
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """``"blocks"``: no input is small enough for torch's own operators; ``"as is"``: those below the limits go to them."""
     if request.param == "blocks":
+        monkeypatch.setattr(cosine_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", 0)
         monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", 0)

@@ -263,6 +263,25 @@ def _divergence_of_logarithms(draw: Draw, rows: int) -> Problem:
     return loss, (draw.normal(rows, 5), draw.normal(5))
 
 
+def _cosines(draw: Draw, rows: int) -> Problem:
+    labels = torch.tensor([1, -1, 0, -1], device=draw.device).repeat(rows)[:rows]
+
+    # Cosines that stay above the margin.
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return gk.cosine_embedding_loss(x, y, labels, margin=-1.0)
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _cosines_with_one(draw: Draw, rows: int) -> Problem:
+    labels = torch.ones(rows, device=draw.device, dtype=torch.int64)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return gk.cosine_embedding_loss(x, y, labels, reduction="none")
+
+    return loss, (draw.normal(rows, 5), draw.normal(1, 5))
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -295,6 +314,8 @@ def _examples() -> Iterator[Example]:
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
     yield Example("batchmean", "kl_div", _divergence)
     yield Example("shared logarithms", "kl_div", _divergence_of_logarithms)
+    yield Example("labels", "cosine_embedding_loss", _cosines)
+    yield Example("one row for all", "cosine_embedding_loss", _cosines_with_one)
     loss = "gaussian_nll_loss"
     yield Example("with the constant", loss, lambda draw, rows: _likelihood(draw, rows, full=True))
     yield Example("one variance a row", loss, lambda draw, rows: _likelihood(draw, rows, rows, 1, reduction="none"))

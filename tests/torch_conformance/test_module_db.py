@@ -23,6 +23,7 @@ COUNTS = {
     "HuberLoss": (4, 1),
     "GaussianNLLLoss": (5, 1),
     "KLDivLoss": (10, 1),
+    "CosineEmbeddingLoss": (5, 1),
 }
 
 pytestmark = [

@@ -27,6 +27,7 @@ COUNTS = {
     "nn.functional.huber_loss": 9,
     "nn.functional.gaussian_nll_loss": 324,
     "nn.functional.kl_div": 16,
+    "nn.functional.cosine_embedding_loss": 6,
 }
 
 # Error inputs of each entry there; the others have none.
@@ -40,7 +41,7 @@ ALWAYS_BUILT_IN = {f"nn.functional.{name}" for name in ("nll_loss", "mse_loss", 
 every_entry = pytest.mark.parametrize("entry", COUNTS)
 
 # What the graph calls the operators' own backwards; anything else is a built-in's.
-OWN_NODES = {"CrossEntropyBackward", "ElementwiseBackward"}
+OWN_NODES = {"CosineEmbeddingBackward", "CrossEntropyBackward", "ElementwiseBackward"}
 
 
 @functools.cache
@@ -96,7 +97,9 @@ def _differentiate(
     leaves = [v for v in (*arguments, *keywords.values()) if isinstance(v, Tensor) and v.requires_grad]
     loss = function(*arguments, **keywords)
     upstream = draw(loss).requires_grad_(second)
-    first = list(torch.autograd.grad(loss, leaves, upstream, create_graph=second))
+    # Torch's samples ask for a gradient of labels too, which is none of either's.
+    grads = torch.autograd.grad(loss, leaves, upstream, create_graph=second, allow_unused=True, materialize_grads=True)
+    first = list(grads)
     results = {"loss": loss, **{f"gradient {place}": grad for place, grad in enumerate(first)}}
     terms = {} if loss.dim() else {"loss": size(leaves, first) / upstream.detach().abs()}
     for place, leaf in enumerate(leaves):
