@@ -470,8 +470,11 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
         "cross_entropy": cross_entropy_oracle,
         "linear_cross_entropy": linear_cross_entropy_oracle,
         "nll_loss": F.nll_loss,
+        "binary_cross_entropy": F.binary_cross_entropy,
         "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
+        "kl_div": F.kl_div,
+        "cosine_embedding_loss": F.cosine_embedding_loss,
         "gaussian_nll_loss": F.gaussian_nll_loss,
         "kl_div_with_logits": kl_div_with_logits_oracle,
         "js_div_with_logits": js_div_with_logits_oracle,
@@ -613,6 +616,33 @@ def _binary_cross_entropy() -> Iterator[Case]:
         yield _case(loss, "elements", _flat(_binary), BENCH, dtypes=(dtype,))
     yield _case(loss, "pos_weight[1024]", _flat(_binary, positive=(1024,)), BENCH, dtypes=_DTYPES_32)
     yield _case(loss, "small batch 64 x 100", _binary(64, 100), BENCH, dtypes=_DTYPES_32)
+
+
+def _certainties(*shape: int, weighted: tuple[int, ...] = (), learned: bool = False, **options: Any) -> Callable[..., Call]:
+    """Probabilities, each certain of one or the other now and then, unless the target is ``learned``."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        def some(*size: int) -> Tensor:
+            return torch.rand(size, generator=generator, device=device)
+
+        # Beyond the ends, and then cut off.
+        x, t = ((some(*shape) * 1.02 - 0.01).clamp(0.0, 1.0).to(dtype) for _ in range(2))
+        x = x.clamp(0.01, 0.99) if learned else x
+        extra = {"weight": (some(*weighted) + 0.5).to(dtype)} if weighted else {}
+        return Call({"input": x, "target": t, **extra, **options}, ("input", "target") if learned else ("input",))
+
+    return make
+
+
+def _binary_cross_entropy_of_probabilities() -> Iterator[Case]:
+    loss = "binary_cross_entropy"
+    yield _case(loss, "elements 2**20", _certainties(2**20), BYTES)
+    yield _case(loss, "elements 2**15", _certainties(2**15), DOCTOR)
+    yield _case(loss, "weight[N, 1]", _certainties(61, 257, weighted=(61, 1), reduction="sum"), DOCTOR)
+    yield _case(loss, "both learned", _certainties(61, 257, learned=True), DOCTOR)
+    yield _case(loss, "per element", _certainties(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "elements", _flat(_certainties), BENCH, dtypes=(dtype,))
 
 
 def _gaussian_kl() -> Iterator[Case]:
@@ -791,11 +821,66 @@ def _energy() -> Iterator[Case]:
     yield _case(loss, "energies", sides((2**20,), (2**20,), l2=0.1), BENCH, dtypes=_DTYPES_32)
 
 
+def _divergence(*shape: int, learned: bool = False, **options: Any) -> Callable[..., Call]:
+    """Distributions over dimension 1, of which the target's is ``learned`` too or not."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        x, t = (torch.log_softmax(_logits(generator, device, torch.float32, *shape), 1) for _ in range(2))
+        target = t if options.get("log_target") else t.exp()
+        arguments = {"input": x.to(dtype), "target": target.to(dtype), "reduction": "batchmean", **options}
+        return Call(arguments, ("input", "target") if learned else ("input",))
+
+    return make
+
+
+def _kl_div() -> Iterator[Case]:
+    loss = "kl_div"
+    yield _case(loss, "rows 1024 x 1024", _divergence(1024, 1024), BYTES)
+    yield _case(loss, "rows 32 x 1024", _divergence(32, 1024), DOCTOR)
+    yield _case(loss, "logarithms, both learned", _divergence(1024, 1024, log_target=True, learned=True), BYTES)
+    yield _case(loss, "few logarithms, both learned", _divergence(32, 1024, log_target=True, learned=True), DOCTOR)
+    yield _case(loss, "both learned", _divergence(61, 257, learned=True, reduction="sum"), DOCTOR)
+    yield _case(loss, "per element", _divergence(37, 53, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "rows", _flat(_divergence), BENCH, dtypes=(dtype,))
+    yield _case(loss, "logarithms", _flat(_divergence, log_target=True), BENCH, dtypes=_DTYPES_32)
+
+
+def _embeddings(
+    *shape: int, gap: int = 0, shared: bool = False, learned: bool = True, **options: Any
+) -> Callable[..., Call]:
+    """Pairs of rows, with a ``gap`` between them, or all with one ``shared``; of which one or both are learned."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Call:
+        n_rows, n_cols = shape
+        first = _logits(generator, device, dtype, n_rows, n_cols + gap)[:, :n_cols]
+        second = _logits(generator, device, dtype, 1 if shared else n_rows, n_cols)
+        target = torch.randint(2, (n_rows,), generator=generator, device=device) * 2 - 1
+        arguments = {"input1": first, "input2": second, "target": target, "margin": -0.5, **options}
+        return Call(arguments, ("input1", "input2") if learned else ("input1",))
+
+    return make
+
+
+def _cosine_embedding_loss() -> Iterator[Case]:
+    loss = "cosine_embedding_loss"
+    yield _case(loss, "rows 1024 x 768", _embeddings(1024, 768), BYTES)
+    yield _case(loss, "long rows 16 x 32768", _embeddings(16, 32768), BYTES)
+    yield _case(loss, "rows 37 x 768", _embeddings(37, 768), DOCTOR)
+    yield _case(loss, "long ragged rows 3 x 5003", _embeddings(3, 5003, margin=0.0), DOCTOR)
+    yield _case(loss, "short rows 501 x 7", _embeddings(501, 7, reduction="sum"), DOCTOR)
+    yield _case(loss, "rows apart, one learned", _embeddings(61, 128, gap=8, learned=False), DOCTOR)
+    yield _case(loss, "one row for all, per pair", _embeddings(37, 64, shared=True, learned=False, reduction="none"), DOCTOR)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(loss, "rows of 1024", _flat(_embeddings), BENCH, dtypes=(dtype,))
+
+
 CASES: tuple[Case, ...] = (
     *_cross_entropy(),
     *_linear_cross_entropy(),
     *_nll_loss(),
     *_binary_cross_entropy(),
+    *_binary_cross_entropy_of_probabilities(),
     *_gaussian_kl(),
     *_regressions(),
     *_gaussian_nll_loss(),
@@ -803,6 +888,8 @@ CASES: tuple[Case, ...] = (
     *_vae_loss(),
     *_adversarial(),
     *_energy(),
+    *_kl_div(),
+    *_cosine_embedding_loss(),
 )
 
 

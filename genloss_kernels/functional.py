@@ -1,12 +1,14 @@
 """The public functions, named as in ``torch.nn.functional``."""
 
 from .losses.adversarial.api import gan_discriminator_loss, gan_generator_loss, gradient_penalty, r1_penalty
-from .losses.binary_cross_entropy.api import binary_cross_entropy_with_logits
+from .losses.binary_cross_entropy.api import binary_cross_entropy, binary_cross_entropy_with_logits
+from .losses.cosine.api import cosine_embedding_loss
 from .losses.cross_entropy.api import CrossEntropyStats, cross_entropy
 from .losses.divergence.api import categorical_entropy, js_div_with_logits, kl_div_with_logits
 from .losses.energy.api import contrastive_divergence_loss
 from .losses.gaussian_kl.api import gaussian_kl
 from .losses.gaussian_nll.api import gaussian_nll_loss
+from .losses.kl_div.api import kl_div
 from .losses.linear_cross_entropy.api import linear_cross_entropy
 from .losses.linear_cross_entropy.options import LinearCrossEntropyOptions
 from .losses.nll_loss.api import nll_loss
@@ -17,9 +19,11 @@ __all__ = [
     "CrossEntropyStats",
     "LinearCrossEntropyOptions",
     "VAELossOutput",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "categorical_entropy",
     "contrastive_divergence_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "gan_discriminator_loss",
     "gan_generator_loss",
@@ -28,6 +32,7 @@ __all__ = [
     "gradient_penalty",
     "huber_loss",
     "js_div_with_logits",
+    "kl_div",
     "kl_div_with_logits",
     "l1_loss",
     "linear_cross_entropy",

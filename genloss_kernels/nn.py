@@ -13,8 +13,10 @@ from . import functional as F
 from .functional import CrossEntropyStats, VAELossOutput
 
 __all__ = [
+    "BCELoss",
     "BCEWithLogitsLoss",
     "ContrastiveDivergenceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "FusedLMHead",
     "GANDiscriminatorLoss",
@@ -24,6 +26,7 @@ __all__ = [
     "GradientPenalty",
     "HuberLoss",
     "JSDivWithLogitsLoss",
+    "KLDivLoss",
     "KLDivWithLogitsLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
@@ -271,6 +274,13 @@ class NLLLoss(torch.nn.NLLLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """:func:`genloss_kernels.binary_cross_entropy` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
@@ -542,3 +552,17 @@ class ContrastiveDivergenceLoss(torch.nn.Module):
 
     def forward(self, positive_energy: Tensor, negative_energy: Tensor) -> Tensor:
         return F.contrastive_divergence_loss(positive_energy, negative_energy, l2=self.l2, reduction=self.reduction)
+
+
+class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss):
+    """:func:`genloss_kernels.cosine_embedding_loss` as a module, with torch's arguments."""
+
+    def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(input1, input2, target, margin=self.margin, reduction=self.reduction)
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """:func:`genloss_kernels.kl_div` as a module, with torch's arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)

@@ -17,12 +17,17 @@ import genloss_kernels as gk
 from genloss_kernels.core import launch
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.binary_cross_entropy import api as binary_cross_entropy_api
+from genloss_kernels.losses.cosine import api as cosine_api
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
+from genloss_kernels.losses.kl_div import api as kl_div_api
 
 CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
 DISTILL, JS, ENTROPY = "kl_div_with_logits", "js_div_with_logits", "categorical_entropy"
-TABLED = (CE, NLL, BCE, KL, DISTILL, JS, ENTROPY)
+DIVERGENCE, CHANCES, COSINE = "kl_div", "binary_cross_entropy", "cosine_embedding_loss"
+TABLED = (CE, NLL, BCE, CHANCES, KL, DIVERGENCE, COSINE, DISTILL, JS, ENTROPY)
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 
 BOTH = ("eager", "triton")
 
@@ -60,6 +65,12 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": x.flip(1)}
     if loss == ENTROPY:
         return {"logits": x, "reduction": "mean"}
+    if loss == COSINE:
+        return {"input1": x, "input2": x.flip(1), "target": torch.tensor([1, -1, -1, 1])}
+    if loss == CHANCES:
+        return {"input": torch.linspace(0.1, 0.9, 20).view(4, 5), "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
+    if loss == DIVERGENCE:
+        return {"input": x - 3.0, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
     return {"mu_q": x, "logvar_q": x * 0.5}
 
 
@@ -252,7 +263,84 @@ def _divergences() -> Iterator[Row]:
         yield Row(JS, {"beta": value}, TypeError, "beta must be a number, not")
 
 
-ROWS = (*_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_divergences())
+def _chances() -> Iterator[Row]:
+    for name in ("input", "target"):
+        for value in ([1.0], None):
+            yield Row(CHANCES, {name: value}, TypeError, f"{name} must be a Tensor, not")
+        for value in (-0.5, 1.5, -1e-30, 1.0 + 2.0**-20, math.inf):
+            some = torch.linspace(0.0, 1.0, 20).view(4, 5)
+            some[2, 3] = value
+            message = f"all elements of {name} should be between 0 and 1, got a range of"
+            yield Row(CHANCES, {name: some}, RuntimeError, message)
+    for shape in ((4,), (5, 4), (4, 1), ()):
+        yield Row(CHANCES, {"target": _ones(*shape)}, ValueError, "Target size .* must be the same as input size")
+    for dtype in (torch.int64, torch.bool, torch.float64, torch.bfloat16):
+        message = f"target must have the dtype of the input, torch.float32, got {dtype}"
+        yield Row(CHANCES, {"target": _ones(4, 5, dtype=dtype)}, RuntimeError, message)
+    for dtype in (torch.int64, torch.complex64):
+        yield Row(
+            CHANCES, {"input": _ones(4, 5, dtype=dtype)}, NotImplementedError, f"input must be .* got {dtype}", torchs=False
+        )
+    for shape in ((3,), (2, 4, 5), (6, 1)):
+        yield Row(CHANCES, {"weight": _ones(*shape)}, RuntimeError, r"weight of shape \[.*\] does not broadcast")
+    yield Row(CHANCES, {"weight": 2.0}, TypeError, "weight must be a Tensor, not")
+    yield Row(CHANCES, {"weight": _ones(5, requires_grad=True)}, RuntimeError, "weight, which has requires_grad=True")
+    for name, shape in (("target", (4, 5)), ("weight", (5,))):
+        meta = _ones(*shape, device="meta")
+        yield Row(CHANCES, {name: meta}, RuntimeError, f"{name} must be on the input's device", torchs=False)
+    for value in ("batchmean", None, ["mean"]):
+        yield Row(CHANCES, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
+def _cosine() -> Iterator[Row]:
+    for name in ("input1", "input2", "target"):
+        for value in ([1.0], 1.0, None):
+            yield Row(COSINE, {name: value}, TypeError, f"{name} must be a Tensor, not")
+    for name in ("input1", "input2"):
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            message = f"{name} must be .* got {dtype}"
+            yield Row(COSINE, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, message, torchs=False)
+        # Of one dimension, of three, and of as many as the target.
+        for shape in ((5,), (2, 4, 5), ()):
+            message = rf"a 1D target expects 2D inputs.*{name} \{list(shape)}"
+            yield Row(COSINE, {name: _ones(*shape)}, RuntimeError, message)
+        for shape in ((4, 3), (3, 5)):
+            message = rf"the shapes do not broadcast together: .*{name} \{list(shape)}"
+            yield Row(COSINE, {name: _ones(*shape)}, RuntimeError, message)
+    yield Row(COSINE, {"target": _ones(4, 5)}, RuntimeError, r"multi-target not supported, got \[4, 5\]")
+    yield Row(COSINE, {"target": _ones(3)}, RuntimeError, r"the shapes do not broadcast together: .*target \[3\]")
+    yield Row(COSINE, {"target": _ones()}, RuntimeError, "a 0D target expects 1D inputs")
+    yield Row(COSINE, {"target": _ones(4, dtype=torch.complex64)}, RuntimeError, "target must hold labels", torchs=False)
+    for name, shape in (("input2", (4, 5)), ("target", (4,))):
+        meta = _ones(*shape, device="meta")
+        yield Row(COSINE, {name: meta}, RuntimeError, f"{name} must be on the input's device", torchs=False)
+    for value in ("1", None, True, torch.tensor(0.5)):
+        yield Row(COSINE, {"margin": value}, TypeError, "margin must be a number, not", torchs=False)
+    for value in ("batchmean", None, ["mean"]):
+        yield Row(COSINE, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
+def _kl_div() -> Iterator[Row]:
+    for name in ("input", "target"):
+        for value in ([1.0], 1.0, None):
+            yield Row(DIVERGENCE, {name: value}, TypeError, f"{name} must be a Tensor, not")
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            # torch takes integers, and complex numbers too.
+            message = f"{name} must be .* got {dtype}"
+            yield Row(DIVERGENCE, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, message, torchs=False)
+    for shape in ((4,), (4, 3), (2, 4, 3)):
+        message = rf"must broadcast together, got input \[4, 5\], target \{list(shape)}"
+        yield Row(DIVERGENCE, {"target": _ones(*shape)}, RuntimeError, message)
+    yield Row(DIVERGENCE, {"target": _ones(4, 5, device="meta")}, RuntimeError, "target must be on the input's device")
+    for value in (1, "yes", None):
+        yield Row(DIVERGENCE, {"log_target": value}, TypeError, "log_target must be bool, not", torchs=False)
+    for value in ("average", None, ["mean"]):
+        yield Row(DIVERGENCE, {"reduction": value}, ValueError, "is not a valid value for reduction")
+
+
+ROWS = (
+    *_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div(), *_cosine(), *_divergences()
+)  # fmt: skip
 
 
 def _on_each_path() -> Iterator[pytest.ParameterSet]:
@@ -312,8 +400,11 @@ def test_bad_input(row: Row, backend: str, device: torch.device, monkeypatch: py
     # With and without the built-in that small inputs go to, as if this input were large.
     for limit in (None, 0):
         if limit is not None:
+            monkeypatch.setattr(cosine_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", limit)
+            monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", limit)
+            monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: limit, True: limit})
         arguments = _placed(good(row.loss) | row.arguments, device)
         before, random_state = _state(arguments), torch.get_rng_state()
         with gk.backend(backend), gk.testing.count_launches() as launches:

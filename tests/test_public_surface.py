@@ -152,6 +152,7 @@ def test_class_weights_are_buffers() -> None:
     for module, keys in (
         (gk.CrossEntropyLoss(weight), {"weight"}),
         (gk.NLLLoss(weight), {"weight"}),
+        (gk.BCELoss(weight), {"weight"}),
         (gk.BCEWithLogitsLoss(weight, pos_weight=weight), {"weight", "pos_weight"}),
     ):
         assert set(module.state_dict()) == keys
@@ -191,6 +192,9 @@ results = [
     gk.nll_loss(x.log_softmax(1), y),
     gk.binary_cross_entropy_with_logits(x, probabilities),
     gk.binary_cross_entropy_with_logits(x, probabilities, mask=probabilities > 0.5, label_smoothing=0.1),
+    gk.binary_cross_entropy(x.sigmoid(), probabilities), gk.BCELoss()(x.sigmoid(), probabilities),
+    gk.kl_div(x.log_softmax(1), probabilities, reduction="batchmean"),
+    gk.cosine_embedding_loss(x, probabilities, y),
     gk.gaussian_kl(x, x * 0.1),
     gk.gaussian_kl(x, x * 0.1, x * 0.2, x * 0.3, capacity=1.0, free_bits=0.1),
     gk.kl_div_with_logits(x, probabilities), gk.categorical_entropy(x, reduction="sum"),

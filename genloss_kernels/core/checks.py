@@ -96,6 +96,15 @@ def not_negative(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has a negative entry: it must not be negative")
 
 
+def probabilities(name: str, value: Tensor) -> None:
+    """RuntimeError for an element outside [0, 1], NaN included, where values may be read."""
+    if value.numel() == 0 or not reads_values(value):
+        return
+    low, high = (bound.item() for bound in value.detach().aminmax())
+    if not (low >= 0.0 and high <= 1.0):
+        raise RuntimeError(f"all elements of {name} should be between 0 and 1, got a range of {low:g} to {high:g}")
+
+
 def class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """IndexError for a class index out of range, where values may be read."""
     if target.numel() == 0 or not reads_values(target):

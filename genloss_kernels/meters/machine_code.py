@@ -30,12 +30,16 @@ _PARKED = 16
 _ONCE = 3
 
 # Special functions an element that a formula needs, without and with its first flag: exponentials, and reciprocals where
-# it divides.
+# it divides. A logarithm needs none.
 _FORMULAS = {
     "gaussian_kl_value": (1.0, 2.0),
     "gaussian_kl_gradient": (1.0, 2.0),
     "gaussian_nll_value": (1.0, 1.0),
     "gaussian_nll_gradient": (1.0, 1.0),
+    "probability_value": (1.0, 1.0),
+    "probability_gradient": (2.0, 2.0),
+    "kl_div_value": (0.0, 1.0),
+    "kl_div_gradient": (1.0, 1.0),
     "binary_cross_entropy_value": (2.0, 2.0),
     "binary_cross_entropy_gradient": (3.0, 3.0),
 }

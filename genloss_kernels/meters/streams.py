@@ -89,6 +89,13 @@ def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
     return tuple(_itemsize(kernel.signature[name]) for name in pointers)
 
 
+def _unread(kernel: Specialisation) -> set[int]:
+    """Operands that a formula does not need, whose loads the compiler drops."""
+    # The divergence's slope in its input is a function of the target alone.
+    input_alone = kernel.formula == "kl_div_gradient" and kernel.signature["grads"][1] == "constexpr"
+    return {0} if input_alone else set()
+
+
 def _elementwise_streams(kernel: Specialisation) -> Streams | None:
     results = kernel.signature["loss_ptr"] if "forward" in kernel.name else kernel.signature["grads"]
     return _operand_streams(kernel, kernel["KINDS"], kernel.signature["operands"], results, ())
@@ -111,10 +118,8 @@ def _pair_streams(kernel: Specialisation) -> Streams | None:
 def _operand_streams(
     kernel: Specialisation, kinds: int, operands: tuple[str, ...], results: Any, path: tuple[int, ...]
 ) -> Streams | None:
-    places = {
-        kind: [place for place in range(len(operands)) if (kinds >> (2 * place)) & 3 == kind]
-        for kind in (_DENSE, _SINGLE, _STRIDED)
-    }
+    read = [place for place in range(len(operands)) if place not in _unread(kernel)]
+    places = {kind: [place for place in read if (kinds >> (2 * place)) & 3 == kind] for kind in (_DENSE, _SINGLE, _STRIDED)}
     argument = kernel.kernel.arg_names.index("operands")
     if not places[_DENSE] or not all(kernel.attributes.get((argument, *path, place)) for place in places[_DENSE]):
         return None
@@ -135,6 +140,19 @@ def _itemsize(pointer: str) -> int:
     return _BYTES[pointer.lstrip("*")]
 
 
+def _cosine_streams(kernel: Specialisation) -> Streams | None:
+    names, forward = ("first", "second"), "forward" in kernel.name
+    aligned = kernel.divisible("n_cols") and all(
+        kernel.divisible(f"{name}_{what}") for name in names for what in ("ptr", "stride")
+    )
+    if not aligned:
+        return None
+    loads = _sizes(kernel, [f"{name}_ptr" for name in names])
+    given = [] if forward else [f"{name}_grad_ptr" for name in names]
+    stores = _sizes(kernel, [name for name in given if kernel.signature[name] != "constexpr"])
+    return Streams(loads, stores, (), (), _elements(kernel, kernel["ROWS"] * kernel["COLS"]))
+
+
 # The kernels that walk memory by whole vectors; others gather, or hold few values.
 STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_forward_rows_kernel": _row_streams,
@@ -150,4 +168,6 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_pair_backward_kernel": _pair_streams,
     "_penalty_squares_kernel": _penalty_streams,
     "_penalty_backward_kernel": _penalty_streams,
+    "_cosine_forward_kernel": _cosine_streams,
+    "_cosine_backward_kernel": _cosine_streams,
 }

@@ -249,6 +249,50 @@ def _energies(reduction: str) -> Callable[[Draw, int], Problem]:
     return make
 
 
+def _probabilities(draw: Draw, rows: int) -> Problem:
+    weight = draw.positive(rows, 1)
+
+    # Probabilities that stay within however they are moved.
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.binary_cross_entropy(x.sigmoid(), t.sigmoid(), weight)
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _divergence(draw: Draw, rows: int) -> Problem:
+    # A target that stays positive however it is moved.
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.kl_div(x, t.sigmoid(), reduction="batchmean")
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _divergence_of_logarithms(draw: Draw, rows: int) -> Problem:
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return gk.kl_div(x, t, reduction="none", log_target=True)
+
+    return loss, (draw.normal(rows, 5), draw.normal(5))
+
+
+def _cosines(draw: Draw, rows: int) -> Problem:
+    labels = torch.tensor([1, -1, 0, -1], device=draw.device).repeat(rows)[:rows]
+
+    # Cosines that stay above the margin.
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return gk.cosine_embedding_loss(x, y, labels, margin=-1.0)
+
+    return loss, (draw.normal(rows, 5), draw.normal(rows, 5))
+
+
+def _cosines_with_one(draw: Draw, rows: int) -> Problem:
+    labels = torch.ones(rows, device=draw.device, dtype=torch.int64)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return gk.cosine_embedding_loss(x, y, labels, reduction="none")
+
+    return loss, (draw.normal(rows, 5), draw.normal(1, 5))
+
+
 def _examples() -> Iterator[Example]:
     loss = "cross_entropy"
     yield Example("ignored rows", loss, _labelled(5))
@@ -268,6 +312,7 @@ def _examples() -> Iterator[Example]:
     loss = "nll_loss"
     yield Example("weighted mean", loss, _negative_log_likelihood)
     yield Example("per row", loss, lambda draw, rows: _negative_log_likelihood(draw, rows, reduction="none"))
+    yield Example("weighted", "binary_cross_entropy", _probabilities)
     loss = "binary_cross_entropy_with_logits"
     yield Example("plain", loss, _binary)
     yield Example("weighted smoothed masked", loss, _binary_options)
@@ -278,6 +323,10 @@ def _examples() -> Iterator[Example]:
     # The bounds lie away from every element, sample and log-variance that is drawn.
     yield Example("free bits, clamp", loss, _gaussians(True, free_bits=0.3, logvar_clamp=(-1.0, 1.0), reduction="sum"))
     yield Example("capacity", loss, _gaussians(True, capacity=9.0, reduction="mean"))
+    yield Example("batchmean", "kl_div", _divergence)
+    yield Example("shared logarithms", "kl_div", _divergence_of_logarithms)
+    yield Example("labels", "cosine_embedding_loss", _cosines)
+    yield Example("one row for all", "cosine_embedding_loss", _cosines_with_one)
     loss = "gaussian_nll_loss"
     yield Example("with the constant", loss, lambda draw, rows: _likelihood(draw, rows, full=True))
     yield Example("one variance a row", loss, lambda draw, rows: _likelihood(draw, rows, rows, 1, reduction="none"))

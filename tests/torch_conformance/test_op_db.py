@@ -19,16 +19,21 @@ from .examples import every_route
 COUNTS = {
     "nn.functional.cross_entropy": 21,
     "nn.functional.nll_loss": 61,
+    "nn.functional.binary_cross_entropy": 11,
     "nn.functional.binary_cross_entropy_with_logits": 26,
     "nn.functional.mse_loss": 6,
     "nn.functional.l1_loss": 6,
     "nn.functional.smooth_l1_loss": 8,
     "nn.functional.huber_loss": 9,
     "nn.functional.gaussian_nll_loss": 324,
+    "nn.functional.kl_div": 16,
+    "nn.functional.cosine_embedding_loss": 6,
 }
 
 # Error inputs of each entry there; the others have none.
 ERRORS = {"nn.functional.l1_loss": 2, "nn.functional.huber_loss": 3, "nn.functional.gaussian_nll_loss": 3}
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 
 # The eager path of these is the built-in at every size.
 ALWAYS_BUILT_IN = {f"nn.functional.{name}" for name in ("nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")}
@@ -36,7 +41,7 @@ ALWAYS_BUILT_IN = {f"nn.functional.{name}" for name in ("nll_loss", "mse_loss", 
 every_entry = pytest.mark.parametrize("entry", COUNTS)
 
 # What the graph calls the operators' own backwards; anything else is a built-in's.
-OWN_NODES = {"CrossEntropyBackward", "ElementwiseBackward"}
+OWN_NODES = {"CosineEmbeddingBackward", "CrossEntropyBackward", "ElementwiseBackward"}
 
 
 @functools.cache
@@ -92,7 +97,9 @@ def _differentiate(
     leaves = [v for v in (*arguments, *keywords.values()) if isinstance(v, Tensor) and v.requires_grad]
     loss = function(*arguments, **keywords)
     upstream = draw(loss).requires_grad_(second)
-    first = list(torch.autograd.grad(loss, leaves, upstream, create_graph=second))
+    # Torch's samples ask for a gradient of labels too, which is none of either's.
+    grads = torch.autograd.grad(loss, leaves, upstream, create_graph=second, allow_unused=True, materialize_grads=True)
+    first = list(grads)
     results = {"loss": loss, **{f"gradient {place}": grad for place, grad in enumerate(first)}}
     terms = {} if loss.dim() else {"loss": size(leaves, first) / upstream.detach().abs()}
     for place, leaf in enumerate(leaves):

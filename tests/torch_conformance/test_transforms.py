@@ -219,6 +219,23 @@ def test_opcheck_penalty(gamma: float | None, reduction: int, dtype: torch.dtype
     _check(torch.ops.genloss.penalty_backward.default, grad, norms, upstream, 1.0, gamma, reduction, triton)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("first", "second", "labels", "reduction"),
+    [((4, 5), (4, 5), (4,), MEAN), ((4, 5), (1, 5), (4,), NONE), ((5,), (5,), (), SUM)],
+)
+def test_opcheck_cosine(
+    first: tuple[int, ...], second: tuple[int, ...], labels: tuple[int, ...], reduction: int, dtype: torch.dtype, path: str,
+    device: torch.device,
+) -> None:  # fmt: skip
+    draw, triton = Draw(device, torch.float32), path == "triton"
+    operands = draw.normal(*first).to(dtype), draw.normal(*second).to(dtype), torch.ones(labels, device=device)
+    loss, stats = _check(torch.ops.genloss.cosine_forward.default, *operands, 0.1, reduction, dtype, triton)
+    upstream = torch.ones_like(loss)
+    for needed in ([True, True], [False, True]):
+        _check(torch.ops.genloss.cosine_backward.default, *operands, stats, upstream, 0.1, reduction, needed, triton)
+
+
 @pytest.fixture
 def alone() -> Iterator[str]:
     """A process group of this process, by name."""
@@ -277,7 +294,7 @@ def test_opcheck_divergence(kind: Kind, dtype: torch.dtype, path: str, device: t
 
 def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
-    families = ("cross_entropy", "divergence", "elementwise", "nll_loss", "pair", "penalty")
+    families = ("cosine", "cross_entropy", "divergence", "elementwise", "nll_loss", "pair", "penalty")
     both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
     both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("connected", "reduced", "rows", "rows_backward")}
     ways = ("forward", "backward", "linear_reduced", "linear_rows", "linear_rows_backward", "sum")

@@ -5,6 +5,12 @@ import triton.language as tl
 
 from ...core.triton_math import log1p_unit, softplus_sigmoid
 
+# Bit of the FLAGS on probabilities, shared with reference.py.
+UNCHECKED = tl.constexpr(1)
+
+# 1e-12 in fp32, which torch takes in fp64 too.
+LEAST_VARIANCE = tl.constexpr(9.999999960041972e-13)
+
 
 @triton.jit
 def _coefficients(t, weight, pos_weight, smoothing):
@@ -32,25 +38,38 @@ def binary_cross_entropy_gradient(x, t, weight, pos_weight, smoothing, s1, s2, F
 
 @triton.jit
 def _logarithms(p):
-    """log(p) and log(1 - p), each to the last digits at both ends, and at least -100 as torch has them."""
+    """log(p) and log(1 - p), each to the last digits at both ends."""
     low = p < 0.5
     # Exact: for p above a half by Sterbenz' lemma.
     rare = tl.where(low, p, 1.0 - p)
     common = log1p_unit(-rare)
     rarely = tl.log(rare)
-    rarely = tl.where(rarely < -100.0, -100.0, rarely)
     return tl.where(low, rarely, common), tl.where(low, common, rarely)
+
+
+@triton.jit
+def _clamped(log):
+    """At least -100, as torch has them; a comparison, since ``tl.maximum`` would swallow NaN."""
+    return tl.where(log < -100.0, -100.0, log)
+
+
+@triton.jit
+def _marked(result, p, t, FLAGS: tl.constexpr):
+    """NaN where a probability is none and nothing else would tell."""
+    if UNCHECKED & FLAGS:
+        result = tl.where((p >= 0.0) & (p <= 1.0) & (t >= 0.0) & (t <= 1.0), result, float("nan"))
+    return result
 
 
 @triton.jit
 def probability_value(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
     log_p, log_q = _logarithms(p)
-    return -weight * (t * log_p + (1.0 - t) * log_q)
+    return _marked(-weight * (t * _clamped(log_p) + (1.0 - t) * _clamped(log_q)), p, t, FLAGS)
 
 
 @triton.jit
 def probability_gradient(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
     log_p, log_q = _logarithms(p)
     variance = (1.0 - p) * p
-    dp = weight * (p - t) / tl.where(variance < 1e-12, 1e-12, variance)
-    return dp, weight * (log_q - log_p), dp, dp
+    dp = _marked(weight * (p - t) / tl.where(variance < LEAST_VARIANCE, LEAST_VARIANCE, variance), p, t, FLAGS)
+    return dp, _marked(weight * (log_q - log_p), p, t, FLAGS), dp, dp

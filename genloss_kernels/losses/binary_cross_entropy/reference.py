@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.elementwise_op import Formulas, Scalars, by_slopes, register_formulas
+from ...core.elementwise_op import Formulas, Scalars, register_formulas
 from ...core.scratch import Scratch
 
 NAME, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"
 
-# Bit of the flags: no weights and no smoothing, so that sum and gradient come from one sigmoid.
+# Bit of the flags on logits: no weights and no smoothing, so that sum and gradient come from one sigmoid.
 PLAIN = 1
+
+# Bit of the flags on probabilities: nobody has looked whether they are. kernels.py reads the same.
+UNCHECKED = 1
+
+# 1e-12 in fp32, which torch takes in fp64 too.
+_LEAST_VARIANCE = 9.999999960041972e-13
 
 
 def _coefficients(
@@ -181,21 +187,65 @@ def _saves(flags: int) -> int:
 register_formulas(NAME, Formulas(_kernels, reference, value, total, gradient, _saves))
 
 
+def _outside(p: Tensor, t: Tensor) -> Tensor:
+    return ~((p >= 0.0) & (p <= 1.0) & (t >= 0.0) & (t <= 1.0))
+
+
 def probability_reference(p: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int) -> Tensor:
     """torch's own, whose derivatives of any order follow the first as torch bounds it near 0 and 1."""
     dtype = _dtype(p, t, weight)
     weight = None if weight is None else weight.to(dtype)
-    return F.binary_cross_entropy(p.to(dtype), t.to(dtype), weight, reduction="none")
-
-
-def _probability_slopes(
-    p: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int
-) -> tuple[Tensor | None, ...]:
-    dtype = _dtype(p, t, weight)
     p, t = p.to(dtype), t.to(dtype)
-    dp = (p - t) / ((1.0 - p) * p).clamp(min=1e-12)
-    dt = torch.log1p(-p).clamp(min=-100.0) - torch.log(p).clamp(min=-100.0)
-    return (dp, dt, None, None) if weight is None else (dp * weight.to(dtype), dt * weight.to(dtype), None, None)
+    if not flags & UNCHECKED:
+        return F.binary_cross_entropy(p, t, weight, reduction="none")
+    # On a GPU the built-in ends the context where a probability is none: it sees a half instead, and the result is NaN.
+    outside = _outside(p, t)
+    p, t, marks = torch.where(outside, 0.5, p), torch.where(outside, 0.5, t), torch.where(outside, p + t, 0.0)
+    marks = marks * torch.where(outside, math.nan, 0.0)
+    return F.binary_cross_entropy(p, t, weight, reduction="none") + marks
+
+
+def _mark(result: Tensor, p: Tensor, t: Tensor, flags: int) -> Tensor:
+    return result.masked_fill_(_outside(p, t), math.nan) if flags & UNCHECKED else result
+
+
+def _probability_value(
+    p: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int, scratch: Scratch
+) -> Tensor:
+    """As the built-in, whose logarithms are computed one by one, in a fifth of its time."""
+    dtype = _dtype(p, t, weight)
+    p, t = scratch.cast("p", p, dtype), scratch.cast("t", t, dtype)
+    result, log = (scratch.take(name, p.shape, dtype, p.device) for name in ("result", "log"))
+    torch.log1p(torch.neg(p, out=log), out=log).clamp_(min=-100.0)
+    torch.sub(t, 1.0, out=result).mul_(log)
+    result.addcmul_(torch.log(p, out=log).clamp_(min=-100.0), t, value=-1.0)
+    return _mark(result if weight is None else result.mul_(weight), p, t, flags)
+
+
+def _probability_total(
+    p: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int, scratch: Scratch,
+    saved: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
+    return _probability_value(p, t, weight, None, scalars, flags, scratch).sum()
+
+
+def _probability_gradient(
+    p: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int, scratch: Scratch,
+    grad: Tensor | float, outputs: Sequence[Tensor | None], saved: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    dtype = _dtype(p, t, weight)
+    p, t = scratch.cast("p", p, dtype), scratch.cast("t", t, dtype)
+    dp, dt, _, _ = outputs
+    part = scratch.take("log", p.shape, dtype, p.device)
+    if dp is not None:
+        variance = torch.neg(p, out=part).add_(1.0).mul_(p).clamp_(min=_LEAST_VARIANCE)
+        torch.sub(p, t, out=dp).div_(variance)
+    if dt is not None:
+        torch.neg(p, out=dt).log1p_().sub_(torch.log(p, out=part))
+    for output in (dp, dt):
+        if output is not None:
+            output.mul_(grad)
+            _mark(output if weight is None else output.mul_(weight), p, t, flags)
 
 
 def _probability_kernels() -> tuple[object, object]:
@@ -204,4 +254,7 @@ def _probability_kernels() -> tuple[object, object]:
     return kernels.probability_value, kernels.probability_gradient
 
 
-register_formulas(PROBABILITIES, by_slopes(_probability_kernels, probability_reference, _probability_slopes))
+register_formulas(
+    PROBABILITIES,
+    Formulas(_probability_kernels, probability_reference, _probability_value, _probability_total, _probability_gradient),
+)

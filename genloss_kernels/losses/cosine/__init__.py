@@ -1,0 +1,1 @@
+"""Cosine embedding loss of pairs of rows."""
