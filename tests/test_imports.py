@@ -24,16 +24,13 @@ LAYERS = {
     "integrations": {"functional", "integrations", "nn"},
 }
 
-# Families built from another's kernels or formulas; and the two public functions that hand a sharded vocabulary on.
+# Families built from another's kernels, formulas or public functions.
 BUILT_FROM = {
     "cross_entropy": {"vocab_parallel"},
     "linear_cross_entropy": {"cross_entropy", "vocab_parallel"},
     "vae": {"binary_cross_entropy", "gaussian_kl", "regression"},
     "vocab_parallel": {"cross_entropy", "linear_cross_entropy"},
 }
-
-# Those whose public function calls another's.
-HANDS_ON = {"cross_entropy", "linear_cross_entropy", "vocab_parallel"}
 
 DEVICE_CODE = {"core/softmax.py", "core/rows.py", "core/triton_math.py"}
 
@@ -97,8 +94,6 @@ def violations(source: str, file: str) -> list[str]:
             family = parts[1]
             if name[1] not in {family} | BUILT_FROM.get(family, set()) and (ROOT / "losses" / name[1]).is_dir():
                 found.append(f"{file} imports {'.'.join(name)}: a family imports no sibling")
-            elif name[1] != family and name[-1] == "api" and family not in HANDS_ON:
-                found.append(f"{file} imports {'.'.join(name)}: a sibling's formulas, not its public function")
     device = parts[-1] == "kernels.py" or parts[-1].endswith("_kernel.py") or file in DEVICE_CODE
     triton = [n for n in _imports(source, file, top_level=True) if n.split(".")[0] == "triton"]
     if triton and not device:
@@ -129,7 +124,6 @@ def test_imports_run_one_way(file: str) -> None:
         ("core/checks.py", f"import {PACKAGE}.nn", "core may import only core"),
         ("losses/nll_loss/op.py", "from ..cross_entropy.op import CrossEntropy", "no sibling"),
         ("losses/nll_loss/op.py", "from .. import cross_entropy", "no sibling"),
-        ("losses/vae/api.py", "from ..regression.api import mse_loss", "not its public function"),
         ("losses/nll_loss/op.py", "from ...functional import nll_loss", "losses may import only core, losses"),
         ("functional.py", "from .nn import NLLLoss", "functional may import only losses"),
         ("functional.py", "from .core import backend", "functional may import only losses"),

@@ -10,11 +10,12 @@ from torch import Tensor
 from ...core import autograd, backend, checks, elementwise_op, pair_op
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
+from .eager import NAME
 from .op import Penalty, composed
-from .reference import BOTH, FAKE, HINGE, LINEAR, LOGISTIC, NAME, RELATIVISTIC, SATURATING, SQUARES
+from .reference import BOTH, FAKE, GAMES, HINGE, LINEAR, LOGISTIC, RELATIVISTIC, SATURATING, SQUARES
 
 # Below this many scores on a CPU plain operators with autograd cost less than our operators' bookkeeping.
-PLAIN_BELOW = 2**15
+PLAIN_BELOW = 2**19
 
 _DISCRIMINATOR = {
     "minimax": LOGISTIC,
@@ -98,7 +99,7 @@ def gan_discriminator_loss(real: Tensor, fake: Tensor, kind: str = "non_saturati
         Sum(1.0, None, None, _REDUCTIONS[reduction]),
         loss_dtype(torch.promote_types(real.dtype, fake.dtype), real.device),
         triton=triton,
-        by_reference=not triton and (_plain_is_best(real, fake) or backend.composite(real, fake)),
+        by_reference=not triton and (_plain_is_best(real, fake, game) or backend.composite(real, fake)),
     )
     return loss
 
@@ -173,13 +174,15 @@ def _elementwise(a: Tensor, b: Tensor | None, flags: int, reduction: str) -> Ten
         _REDUCTIONS[reduction],
         loss_dtype(dtype, a.device),
         triton=triton,
-        by_reference=not triton and (_plain_is_best(a, b) or backend.composite(a, b)),
+        by_reference=not triton and (_plain_is_best(a, b, flags & GAMES) or backend.composite(a, b)),
     )
 
 
-def _plain_is_best(a: Tensor, b: Tensor | None) -> bool:
-    elements = a.numel() + (0 if b is None else b.numel())
-    return not torch.compiler.is_compiling() and a.device.type == "cpu" and elements < PLAIN_BELOW
+def _plain_is_best(a: Tensor, b: Tensor | None, game: int) -> bool:
+    if torch.compiler.is_compiling() or a.device.type != "cpu":
+        return False
+    # A sum whose gradient is a constant is all that there is of the linear game.
+    return game == LINEAR or a.numel() + (0 if b is None else b.numel()) < PLAIN_BELOW
 
 
 def _check(first: Any, second: Any, name: str, kind: Any, reduction: Any) -> None:

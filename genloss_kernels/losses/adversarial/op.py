@@ -11,7 +11,7 @@ from ...core.elementwise import Grid, Walk, dense, grid_for, walk
 from ...core.launch import REDUCTION_TILE, launch
 from ...core.library import register
 from ...core.reduction import Reduction
-from .reference import norms, penalties
+from .reference import norms, penalties, squared_norms
 
 # The tile by the size of an element: arithmetic is in fp64, in which a tile of fp32 spills.
 _TILES = {2: 2, 4: 8, 8: 8}
@@ -33,8 +33,10 @@ def _forward(
     grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
 ) -> tuple[Tensor, Tensor]:
     if not triton:
-        found = norms(grad) if gamma is None else grad.new_empty(0, dtype=torch.float64)
-        return _reduce(penalties(grad, target, gamma), Reduction(reduction)).to(dtype), found
+        squares = _fast_squared_norms(grad)
+        loss = penalties(squares, target, gamma)
+        found = norms(squares) if gamma is None else squares.new_empty(0)
+        return _reduce(loss, Reduction(reduction)).to(dtype), found
     from .kernels import _penalty_kernel, _penalty_squares_kernel
 
     path, grid, sizes = _paths(grad)
@@ -55,6 +57,19 @@ def _forward(
     return loss, found
 
 
+# Norms in fp32 whose squares it holds with their digits.
+_LEAST, _MOST = 1e-15, 1e15
+
+
+def _fast_squared_norms(grad: Tensor) -> Tensor:
+    """Squared norm of each sample in fp64, by sums in fp32 where that loses nothing that shows in a narrower result."""
+    if grad.device.type == "cpu" and grad.dtype != torch.float64 and grad.numel() and grad.dim() > 1:
+        found = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float32)
+        if bool(((found > _LEAST) & (found < _MOST)).all()):
+            return found.double().square_()
+    return squared_norms(grad)
+
+
 def _forward_fake(
     grad: Tensor, target: float, gamma: float | None, reduction: int, dtype: torch.dtype, triton: bool
 ) -> tuple[Tensor, Tensor]:
@@ -73,8 +88,11 @@ def _backward(
             factor = factor * 2.0 * (found - target) * torch.where(found == 0.0, 0.0, 1.0 / found)
         else:
             factor = (factor * gamma).expand(grad.shape[:1])
-        wide = grad.double() * factor.view(-1, *[1] * (grad.dim() - 1))
-        return torch.empty_like(grad).copy_(wide)
+        factor = factor.view(-1, *[1] * (grad.dim() - 1))
+        if grad.dtype != torch.float64 and grad.device.type == "cpu" and bool((factor.abs() < _MOST).all()):
+            # In fp32, where the factors fit; the product with a half-precision sample is rounded once.
+            return torch.mul(grad, factor.float(), out=torch.empty_like(grad))
+        return torch.empty_like(grad).copy_(grad.double() * factor)
     from .kernels import _penalty_backward_kernel
 
     path, grid, sizes = _paths(grad)
@@ -138,4 +156,4 @@ class Penalty(torch.autograd.Function):
 
 def composed(grad: Tensor, target: float, gamma: float | None, reduction: Reduction) -> Tensor:
     """The penalty by its reference: differentiable to any order."""
-    return _reduce(penalties(grad, target, gamma), reduction)
+    return _reduce(penalties(squared_norms(grad), target, gamma), reduction)

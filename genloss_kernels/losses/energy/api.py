@@ -11,7 +11,7 @@ from ...core.reduction import Reduction, loss_dtype
 from .reference import BOTH, NAME, NEGATIVE
 
 # Below this many energies on a CPU plain operators with autograd cost less than our operators' bookkeeping.
-PLAIN_BELOW = 2**15
+PLAIN_BELOW = 2**19
 
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
