@@ -104,8 +104,13 @@ def _differentiate(
     terms = {} if loss.dim() else {"loss": size(leaves, first) / upstream.detach().abs()}
     for place, leaf in enumerate(leaves):
         if not leaf.dim() and leaves[0].dim():
-            # What all elements share has a sum for its gradient, of terms of about the size of the input's.
-            terms[f"gradient {place}"] = first[0].detach().abs().sum()
+            # What all elements share has a sum for its gradient; each has its own term where each has a copy.
+            copies = leaf.detach().expand(leaves[0].shape).clone().requires_grad_()
+            again = function(
+                *(copies if v is leaf else v for v in arguments),
+                **{k: copies if v is leaf else v for k, v in keywords.items()},
+            )
+            terms[f"gradient {place}"] = torch.autograd.grad(again, copies, upstream.detach())[0].abs().sum()
     if second:
         directions = [draw(grad) for grad in first]
         projection = torch.stack([(g * d).sum() for g, d in zip(first, directions, strict=True)]).sum()
