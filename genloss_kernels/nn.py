@@ -258,6 +258,8 @@ class FusedLMHead(torch.nn.Linear):
         """A head that shares the parameters of ``linear``, so that an optimizer or a tied embedding goes on as before."""
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, not {type(linear).__name__}")
+        if isinstance(linear, FusedLMHead):
+            loss_options = {"weight": linear.class_weight} | linear.loss_options | loss_options
         head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", **loss_options)
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue, reportMissingModuleSource]
+from torch._C import (
+    _functorch,  # pyright: ignore[reportAttributeAccessIssue, reportMissingModuleSource]
+    _len_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "eager")
@@ -95,7 +98,7 @@ def device_semantics() -> Iterator[None]:
 
 def reads_values(tensor: torch.Tensor) -> bool:
     """Whether a check may look at the values of ``tensor``: on the CPU always, elsewhere only under ``GENLOSS_DEBUG``."""
-    if torch.compiler.is_compiling() or transformed(tensor):
+    if torch.compiler.is_compiling() or transformed(tensor) or traced(tensor):
         return False
     if tensor.device.type == "cpu":
         return not _semantics.device
@@ -132,14 +135,23 @@ def transformed(*tensors: torch.Tensor | None) -> bool:
 
 def composite(*tensors: torch.Tensor | None) -> bool:
     """Whether the eager path must be made of operators that every transform sees through: under all of ``torch.func``."""
-    if torch.compiler.is_compiling():
-        return False
-    return functional() or transformed(*tensors)
+    return bool(transforms()) or transformed(*tensors)
 
 
-def functional() -> bool:
-    """Whether a transform of ``torch.func`` is at work, which differentiates every gradient again."""
-    return _functorch.peek_interpreter_stack() is not None
+def transforms() -> int:
+    """How many transforms of ``torch.func`` are at work, one in another; each differentiates every gradient again."""
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+        return 0
+    return len(_functorch.get_interpreter_stack() or ())
+
+
+def traced(*tensors: torch.Tensor | None) -> bool:
+    """Whether these have no values to look at, or are being recorded: fake tensors, ``make_fx``."""
+    if _len_torch_dispatch_stack():
+        keys = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)):
+            return True
+    return any(t is not None and type(t) is not torch.Tensor and type(t).__name__ == "FakeTensor" for t in tensors)
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
@@ -149,6 +161,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
         or torch.compiler.is_compiling()
         or _functorch.peek_interpreter_stack() is not None
         or transformed(*tensors)
+        or traced(*tensors)
     )
 
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from .backend import traced
 from .launch import launch
 from .reduction import accumulator, kernel_dtype
 
@@ -19,7 +20,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
     if not tensors:
         return
     if not triton:
-        if factor.device.type != "cpu" or float(factor) != 1.0:
+        if factor.device.type != "cpu" or traced(factor) or float(factor) != 1.0:
             for tensor in tensors:
                 tensor.mul_(factor)  # not first rounded to half precision, in which it may be infinite
         return

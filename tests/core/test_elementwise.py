@@ -178,3 +178,18 @@ def test_dense_results_lie_in_the_order_of_the_walk() -> None:
     assert loss.stride() == x.stride()
     assert kept.shape == (0,)
     torch.testing.assert_close(loss, 0.5 * x * x)
+
+
+@pytest.mark.interpreter
+def test_gradients_by_sample_of_what_needs_them() -> None:
+    from genloss_kernels.losses.regression.kernels import mse_gradient
+
+    x, t, upstream = torch.randn(5, 7), torch.randn(5, 7), torch.randn(5)
+    operands = Operands((x, t, None, None), None, x.shape)
+    none = torch.empty(0)
+    for needed in ([True, False, False, False], [False, True, False, False]):
+        grads = elementwise.backward(mse_gradient, operands, upstream, none, (0.0, 0.0, 0.0), 0, Reduction.SAMPLE, needed)
+        assert [g is not None for g in grads] == needed
+        (grad,) = (g for g in grads if g is not None)
+        sign = 1.0 if needed[0] else -1.0
+        torch.testing.assert_close(grad, sign * 2.0 * (x - t) * upstream.unsqueeze(1))

@@ -414,6 +414,20 @@ def a_shard_of_another_group_is_not_loaded(ranks: Ranks) -> None:
 
 
 @case
+def dtypes_of_wider_probabilities(ranks: Ranks) -> None:
+    shard, hidden, head = part(ranks), torch.randn(N, D), torch.randn(V, D)
+    target = torch.softmax(torch.randn(N, V), 1)
+    for dtype, wider in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        operands = hidden.to(dtype), head.to(dtype)
+        for reduction in ("mean", "none"):
+            whole = gk.linear_cross_entropy(*operands, target.to(wider), reduction=reduction)
+            found = gk.linear_cross_entropy(
+                operands[0], operands[1][shard.classes], target.to(wider), reduction=reduction, vocab_shard=shard.shard
+            )
+            assert found.dtype == whole.dtype == wider  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@case
 def ranks_that_disagree(ranks: Ranks) -> None:
     """Under GENLOSS_DEBUG=1 every rank says in what, where they would hang."""
     if ranks.size == 1:

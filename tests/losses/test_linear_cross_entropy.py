@@ -720,3 +720,114 @@ def test_aligned_classes(path: str) -> None:
     given = _labels(bias=False)
     given["input"], given["linear_weight"] = aligned(20, 16), aligned(304, 16)
     check(gk.linear_cross_entropy, _oracle, given, ("input", "linear_weight"))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("place", range(3))
+def test_known_failure_compiled_second_derivative_of_constants(place: int, reduction: str, stats: bool) -> None:
+    """In each operand, whatever views and copies of it are made on the way, beside a loss that has a gradient of its own."""
+    torch._dynamo.reset()
+    given = _labels(12)
+    # AOT autograd itself forgets what a saved tensor is a view of.
+    given["input"] = given["input"].view(3, 4, -1).clone()
+    leaves = [given[name].requires_grad_() for name in LAYER]
+
+    def step(input: Tensor, linear_weight: Tensor, linear_bias: Tensor) -> Tensor:
+        result = gk.linear_cross_entropy(
+            input, linear_weight, given["target"].view(3, 4), linear_bias=linear_bias, reduction=reduction,
+            return_stats=stats,
+        )  # fmt: skip
+        return result.entropy.sum() if isinstance(result, gk.CrossEntropyStats) else result.sum()
+
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss + slopes[0].square().sum(), leaves[place])
+
+
+def test_reverse_over_reverse() -> None:
+    given = _labels(5, 7, bias=False)
+    x, w, target = (given[name].double() if name != "target" else given[name] for name in (*LAYER[:2], "target"))
+    for reduction in ("mean", "none"):
+
+        def loss(x: Tensor, reduction: str = reduction) -> Tensor:
+            return gk.linear_cross_entropy(x, w, target, reduction=reduction).sum()
+
+        wanted = torch.autograd.functional.hessian(loss, x)
+        for found in (torch.func.jacrev(torch.func.jacrev(loss))(x), torch.func.jacrev(torch.func.grad(loss))(x)):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_second_derivative_where_the_target_alone_learns() -> None:
+    """Of which the log-sum-exp and the entropy are no functions."""
+    given = _probabilities(7, 11)
+    target = given.pop("target").double().requires_grad_()
+    given = _in(torch.float64, given)
+    for loss in (gk.linear_cross_entropy, _by_cross_entropy):
+        stats = loss(**given, target=target, return_stats=True)
+        value = (stats.loss * stats.log_prob.sum() + stats.lse.mean() + stats.entropy.sum()) ** 2
+        (slope,) = torch.autograd.grad(value, target, create_graph=True)
+        assert torch.autograd.grad(slope.sum(), target)[0].isfinite().all()
+
+
+def _by_cross_entropy(input: Tensor, linear_weight: Tensor, linear_bias: Tensor, **rest: Any) -> Any:
+    return gk.cross_entropy(F.linear(input, linear_weight, linear_bias), **rest)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # of what a closure holds
+@pytest.mark.parametrize("classes", [7, 300])
+def test_fake_tensors_and_recordings(classes: int) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    given = _labels(9, classes)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(value) for name, value in given.items()}
+        leaves = [fake[name].requires_grad_() for name in LAYER]
+        gk.linear_cross_entropy(**fake).backward()
+        gk.cross_entropy(F.linear(*leaves), fake["target"]).backward()
+        assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+    tensors = tuple(given[name] for name in LAYER)
+    tensors = (*tensors, given["target"])
+    graph = make_fx(lambda x, w, b, t: gk.linear_cross_entropy(x, w, t, linear_bias=b))(*tensors)
+    torch.testing.assert_close(graph(*tensors), gk.linear_cross_entropy(**given))
+    value, along = torch.func.linearize(lambda x: gk.linear_cross_entropy(**given | {"input": x}), given["input"])
+    torch.testing.assert_close(value, gk.linear_cross_entropy(**given))
+    assert along(given["input"]).isfinite()
+
+
+def test_jacobian_of_no_rows() -> None:
+    given = _labels(0)
+    found = torch.func.jacrev(lambda x: gk.linear_cross_entropy(**given | {"input": x}, reduction="none"))(given["input"])
+    assert found.shape == (0, 0, 12)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 2, 5)])
+def test_options_are_checked_whatever_the_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "LOGITS_BELOW", 2**16)
+    monkeypatch.setattr(options, "WHOLE_BATCH", 256)
+    operands = torch.randn(3, 5), torch.randn(shape), torch.zeros(3, *shape[1:-1], dtype=torch.int64)
+    for given, error, message in (
+        ({"memory_budget": 1}, ValueError, "too small for one row"),
+        ({"acc_dtype": torch.float16}, RuntimeError, "acc_dtype must be torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            gk.linear_cross_entropy(*operands, options=gk.LinearCrossEntropyOptions(**given))
+
+
+def test_known_failure_ignored_rows_of_nan_with_several_labels() -> None:
+    weight = torch.randn(30, 4).requires_grad_()
+    input, target = torch.randn(6, 4), torch.randint(10, (6, 3))
+    input[2], target[2] = NAN, -100
+    gk.linear_cross_entropy(input, weight.view(10, 3, 4), target).backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+
+
+def test_head_of_a_head_keeps_its_options() -> None:
+    head = gk.FusedLMHead(4, 5, softcap=3.0, weight=torch.rand(5))
+    again = gk.FusedLMHead.from_linear(head, label_smoothing=0.1)
+    hidden, target = torch.randn(3, 4), torch.tensor([0, 4, 2])
+    torch.testing.assert_close(again(hidden, target), head(hidden, target, label_smoothing=0.1))

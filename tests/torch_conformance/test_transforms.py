@@ -172,7 +172,6 @@ def test_opcheck_linear_cross_entropy(soft: bool, dtype: torch.dtype, path: str,
     formula, needed, triton = [-100, 0.1, 3.0, 0.7, 0.01], 0b1111 if soft else 0b0111, path == "triton"
     acc = accumulator(dtype)
     operators = torch.ops.genloss
-    _check(operators.linear_cross_entropy_connected.default, torch.ones(()), *tensors[:4])
     _check(
         operators.linear_cross_entropy_reduced.default, *tensors, None, *formula, None, MEAN, 4, acc, needed, dtype, triton
     )  # fmt: skip
@@ -236,6 +235,11 @@ def test_opcheck_cosine(
         _check(torch.ops.genloss.cosine_backward.default, *operands, stats, upstream, 0.1, reduction, needed, triton)
 
 
+def test_opcheck_witness(device: torch.device) -> None:
+    a, b = torch.ones(3, 2, device=device), torch.ones(2, device=device)
+    _check(torch.ops.genloss.witness.default, torch.ones((), device=device), a, b, None, None)
+
+
 @pytest.fixture
 def alone() -> Iterator[str]:
     """A process group of this process, by name."""
@@ -296,9 +300,9 @@ def test_every_operator_has_a_check() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("genloss::")}
     families = ("cosine", "cross_entropy", "divergence", "elementwise", "nll_loss", "pair", "penalty")
     both_ways = {f"genloss::{family}_{way}" for family in families for way in ("forward", "backward")}
-    both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("connected", "reduced", "rows", "rows_backward")}
+    both_ways |= {f"genloss::linear_cross_entropy_{name}" for name in ("reduced", "rows", "rows_backward")}
     ways = ("forward", "backward", "linear_reduced", "linear_rows", "linear_rows_backward", "sum")
-    assert names == both_ways | {f"genloss::vocab_parallel_{name}" for name in ways}
+    assert names == both_ways | {"genloss::witness"} | {f"genloss::vocab_parallel_{name}" for name in ways}
 
 
 # --- finite differences ----------------------------------------------------------------------------------------------

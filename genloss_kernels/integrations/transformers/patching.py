@@ -32,7 +32,8 @@ def patch(model: Any, mode: str = "auto", verify: bool = True) -> PatchHandle:
     ``return_logits=False`` spares them in evaluation.
 
     Deep copies and unpickled models stay patched; their handle is ``model.loss_function.handle``. Shard or compile the model
-    after it is patched. ``torch.nn.DataParallel``, whose replicas share one forward, needs ``mode="logits"``.
+    after it is patched, and patch it anew where its output layer is replaced, as by ``resize_token_embeddings``.
+    ``torch.nn.DataParallel``, whose replicas share one forward, needs ``mode="logits"``.
 
     Args:
         model: a transformers model with ``loss_function``, or a PEFT model around one. Only this instance changes.

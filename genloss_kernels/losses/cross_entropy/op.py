@@ -440,7 +440,7 @@ def _reference_gradients(
     """Differentiable gradients: the reference's, so that they can be differentiated again."""
     loss, rows = reference.cross_entropy(logits, target, weight, row_weight, divisor, options)
     outputs = (loss, rows.lse, rows.log_prob, rows.entropy)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [t for t, need in ((logits, need_logits), (target, need_target)) if need]
     result = iter(
         torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)

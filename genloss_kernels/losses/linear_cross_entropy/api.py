@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core import autograd, backend, checks
 from ...core.classes import index_target
 from ...core.reduction import Reduction, accumulator, autocasting, loss_dtype
+from ...core.witness import witnessed
 from ..cross_entropy import api as cross_entropy_api
 from ..cross_entropy import reference
 from ..cross_entropy.api import CrossEntropyStats, cross_entropy
@@ -21,7 +22,7 @@ from .derivatives import by_reference
 from .flops import register_formulas
 from .functions import LinearCrossEntropyRows, ReducedLinearCrossEntropy
 from .op import Needed, mask_of
-from .options import LinearCrossEntropyOptions, accumulation, check_options, rows_at_a_time
+from .options import LinearCrossEntropyOptions, accumulation, check_fit, check_options, rows_at_a_time
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
 LOGITS_BELOW = 2**16
@@ -102,7 +103,8 @@ def linear_cross_entropy(
         chunks in fp32. Every backward gives the same bits.
 
     Differs from torch:
-        NaN in an ignored row stays there. All options work in chunks. A second derivative computes the logits in full.
+        NaN in an ignored row stays there. All options work in chunks. Logits are computed in full for a gradient of
+        ``weight``, in forward mode and under ``vmap``, in a third derivative, and for a K-dimensional ``linear_weight``.
 
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, and Hsu et al., "Liger Kernel", 2024,
@@ -135,6 +137,11 @@ def linear_cross_entropy(
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
     if linear_weight.dim() > 2:
+        check_fit(options, linear_weight.flatten(0, -2).size(0), input, triton=False)
+        if not probabilities:
+            # A row of which every label is ignored may hold anything.
+            ignored = (target == ignore_index).reshape(input.size(0), -1).all(1)
+            input = input.masked_fill(ignored.unsqueeze(1), 0.0)
         logits = _logits(input, linear_weight, linear_bias)
         return cross_entropy(
             logits,
@@ -148,6 +155,7 @@ def linear_cross_entropy(
             row_weight=row_weight,
             **loss_options,
         )
+    given = (input, linear_weight, linear_bias, target)
     rows_shape, n_classes = input.shape[:-1], linear_weight.size(0)
     flat = input.reshape(-1, input.size(-1))
     target = target.reshape(-1, n_classes) if probabilities else target.reshape(-1)
@@ -156,6 +164,7 @@ def linear_cross_entropy(
     like = flat[:, :1].expand(-1, n_classes)
     cross_entropy_api.check(like, target, weight, ignore_index, reduction, label_smoothing, row_weight, **loss_options)
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
+    check_fit(options, n_classes, flat, triton=triton)
     if not triton and _logits_are_best(flat, linear_weight, target):
         return _by_logits(
             flat, linear_weight, linear_bias, target, weight, ignore_index, reduction, label_smoothing, row_weight,
@@ -181,12 +190,11 @@ def linear_cross_entropy(
         flat, target, row_weight, kept = _gather(flat, target, row_weight, ignore_index)
     head = Head(flat, linear_weight, linear_bias, target, weight, row_weight, tensor_divisor)
     loss, stats = _compute(head, formula, options, dtype, triton=triton)
-    if reduction == "none":
-        loss = _spread(loss, kept, rows_shape)
+    loss = witnessed(_spread(loss, kept, rows_shape) if reduction == "none" else loss, *given)
     if not return_stats:
         return loss
     lse, log_prob, entropy, n_valid, n_correct = stats
-    lse, log_prob, entropy = (_spread(s, kept, rows_shape) for s in (lse, log_prob, entropy))
+    lse, log_prob, entropy = (witnessed(_spread(s, kept, rows_shape), *given) for s in (lse, log_prob, entropy))
     return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
 
 
@@ -242,7 +250,8 @@ def _compute(
     class_weight_learns = grad and head.weight is not None and head.weight.requires_grad
     if class_weight_learns and triton and backend.current() == "triton":
         raise RuntimeError("backend 'triton' has no kernel for the gradient of weight: use backend 'auto' or 'eager'")
-    if class_weight_learns or backend.transformed(*head):
+    # Reverse mode over reverse mode, as any forward mode, sees through operators of torch alone.
+    if class_weight_learns or backend.transformed(*head) or backend.transforms() > 1:
         loss, rows = by_reference(head, formula)
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
@@ -250,7 +259,7 @@ def _compute(
     most = rows_at_a_time(options, n_classes, head.input, triton=triton)
     sum_dtype = accumulation(options, head.input.dtype)
     row_weight = None if head.row_weight is None else head.row_weight.contiguous()
-    in_forward = makes_gradients(formula, head.input.dtype) and not backend.functional()
+    in_forward = makes_gradients(formula, head.input.dtype) and not backend.transforms()
     if in_forward and not weights_learn and any(needed):
         loss, *_ = autograd.apply(
             ReducedLinearCrossEntropy, *head._replace(row_weight=row_weight), *formula[:6], int(formula.reduction), most,

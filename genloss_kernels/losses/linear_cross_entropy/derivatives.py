@@ -42,7 +42,8 @@ def _derivatives(
 ) -> list[Tensor | None]:  # fmt: skip
     """Derivatives in those ``tensors`` that are ``wanted``, of the gradients that are ``needed``, along ``directions``."""
     loss, rows = by_reference(Head._make((*tensors[:6], None)), options)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip((loss, *rows[2:5]), tensors[6:], strict=True) if g is not None]
+    results = zip((loss, *rows[2:5]), tensors[6:], strict=True)
+    pairs = [(o, g.to(o.dtype)) for o, g in results if g is not None and o.requires_grad]
     places = [k for k, need in enumerate(needed) if need and directions[k] is not None]
     gradients = torch.autograd.grad(
         [o for o, _ in pairs], [tensors[k] for k in places], [g for _, g in pairs], create_graph=True, allow_unused=True
@@ -130,6 +131,10 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """One after the other, so that only one's logits exist."""
+        if not info.batch_size:
+            given = zip(args[:4], needed_of(args[-2]), strict=True)
+            shapes = [t.shape if need and t is not None else (0,) for t, need in given]
+            return tuple(args[0].new_empty((0, *shape)) for shape in shapes), (0, 0, 0, 0)
         each = [
             LinearCrossEntropyGradients.apply(
                 *(a if d is None else a.select(d, k) for a, d in zip(args, in_dims, strict=True))

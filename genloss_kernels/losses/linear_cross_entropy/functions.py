@@ -14,7 +14,6 @@ from .chunks import Head
 from .derivatives import LinearCrossEntropyGradients, upstream_of_rows
 from .op import (
     Needed,
-    linear_cross_entropy_connected,
     linear_cross_entropy_reduced,
     linear_cross_entropy_rows,
     linear_cross_entropy_rows_backward,
@@ -75,7 +74,6 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
             )
             return (*_kept(made, needed), *nothing)
         if stored:
-            grad = linear_cross_entropy_connected(grad, *tensors[:4])
             return (*_kept(tuple(g * grad for g in stored), needed), *nothing)
         made, ctx.made = ctx.made, None
         if made is None:

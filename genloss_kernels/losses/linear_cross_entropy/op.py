@@ -143,22 +143,4 @@ linear_cross_entropy_rows_backward = register(
     _rows_backward,
     _rows_backward_fake,
 )
-
-
-def _connected(grad: Tensor, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> Tensor:
-    return grad.clone()
-
-
-def _connected_fake(grad: Tensor, *tensors: Tensor | None) -> Tensor:
-    return torch.empty_like(grad)
-
-
-# The upstream gradient again, as a result that hangs on what the stored gradients were made of: without it a compiled
-# second derivative would be that of constants, where it now raises.
-linear_cross_entropy_connected = register(
-    "linear_cross_entropy_connected(Tensor grad, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target)"
-    " -> Tensor",
-    _connected,
-    _connected_fake,
-)
 register_formulas()

@@ -81,6 +81,13 @@ def accumulation(options: Any, dtype: torch.dtype) -> torch.dtype:
     return chosen
 
 
+def check_fit(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> None:
+    """Raise for options that do not fit the operands, also where nothing depends on them."""
+    if options is not None:
+        accumulation(options, input.dtype)
+        rows_at_a_time(options, n_classes, input, triton=triton)
+
+
 def rows_at_a_time(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> int:
     """Most rows of a chunk, from torch's options or ours."""
     device, itemsize = input.device, input.element_size()

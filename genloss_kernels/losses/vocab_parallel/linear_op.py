@@ -13,7 +13,6 @@ from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
 from ..linear_cross_entropy.chunks import Gradients
 from ..linear_cross_entropy.chunks import Head as LinearHead
-from ..linear_cross_entropy.op import linear_cross_entropy_connected
 from . import collectives, linear, merge
 from .op import FORMULA, GRADIENTS, LAYOUT, NO_SECOND, RESULTS, fake_results, results, visible
 from .shard import Layout
@@ -194,7 +193,6 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         needed, triton, group = ctx.scalars[9], ctx.scalars[11], ctx.scalars[-1]
         tensors, stored = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if stored:
-            grad = linear_cross_entropy_connected(grad, *tensors[:4])
             made = tuple(g * grad for g in stored)
         else:
             made, ctx.made = ctx.made, None

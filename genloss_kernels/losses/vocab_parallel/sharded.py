@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import autograd, backend, checks
 from ...core.reduction import Reduction, loss_dtype
+from ...core.witness import witnessed
 from ..cross_entropy import api as cross_entropy_api
 from ..cross_entropy import reference
 from ..cross_entropy.api import CrossEntropyStats
@@ -98,6 +99,7 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
+    given = (input, linear_weight, linear_bias)
     rows_shape = input.shape[:-1]
     flat = input.reshape(-1, input.size(-1))
     target = target.reshape(-1, layout.vocab_size) if probabilities else target.reshape(-1)
@@ -107,7 +109,7 @@ def linear_cross_entropy(
     _compare(layout, formula, target, flat, linear_weight, linear_bias)
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     flat, linear_weight, linear_bias = linear_api._autocast(flat, linear_weight, linear_bias)
-    dtype = loss_dtype(input.dtype, input.device)
+    dtype = loss_dtype(torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype, input.device)
     kept = None
     if linear_api.gathers(options, flat, target):
         flat, target, row_weight, kept = linear_api._gather(flat, target, row_weight, ignore_index)
@@ -116,12 +118,11 @@ def linear_cross_entropy(
     sum_dtype = accumulation(options, flat.dtype)
     head = LinearHead(flat, linear_weight, linear_bias, target, weight, row_weight, divisor)
     loss, stats = _compute(head, formula, layout, shard.reduce_input_grad, most, sum_dtype, dtype, triton=triton)
-    if reduction == "none":
-        loss = linear_api._spread(loss, kept, rows_shape)
+    loss = witnessed(linear_api._spread(loss, kept, rows_shape) if reduction == "none" else loss, *given)
     if not formula.stats:
         return loss
     lse, log_prob, entropy, n_valid, n_correct = stats
-    lse, log_prob, entropy = (linear_api._spread(s, kept, rows_shape) for s in (lse, log_prob, entropy))
+    lse, log_prob, entropy = (witnessed(linear_api._spread(s, kept, rows_shape), *given) for s in (lse, log_prob, entropy))
     return CrossEntropyStats(loss, lse, log_prob, entropy, n_valid, n_correct)
 
 
