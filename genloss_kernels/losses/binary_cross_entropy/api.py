@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, autocasting, loss_dtype, parse_reduction
-from .reference import NAME, PROBABILITIES, UNCHECKED
+from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED
 
 # What torch.nn.functional's calls, without its Python.
 _torch_loss = torch.binary_cross_entropy_with_logits
@@ -106,7 +106,7 @@ def binary_cross_entropy_with_logits(
         tensors,
         mask,
         (float(label_smoothing), 0.0, 0.0),
-        0,
+        PLAIN if not triton and weight is None and pos_weight is None and not label_smoothing else 0,
         _REDUCTIONS[reduction],
         loss_dtype(dtype, input.device),
         triton=triton,
