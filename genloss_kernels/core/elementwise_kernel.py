@@ -7,7 +7,7 @@ Operands are walked in one flat order, that of the dense ones. Each has a kind, 
 import triton
 import triton.language as tl
 
-from .triton_math import scalar
+from .triton_math import narrowed, scalar
 
 DENSE = tl.constexpr(1)
 SINGLE = tl.constexpr(2)
@@ -154,9 +154,7 @@ def _elementwise_forward_kernel(
 @triton.jit
 def _store_gradient(pointer, position, gradient, live, MASKED: tl.constexpr):
     if pointer is not None:
-        if pointer.dtype.element_ty == tl.bfloat16:
-            # There is no way from fp64 to bf16 but through fp32.
-            gradient = gradient.to(tl.float32)
+        gradient = narrowed(gradient, pointer)
         if MASKED:
             tl.store(pointer + position, gradient, mask=live)
         else:

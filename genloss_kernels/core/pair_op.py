@@ -239,8 +239,9 @@ def apply(
         return loss.to(dtype), one.to(dtype), other.to(dtype)
     saves = (0, 0)
     if not triton:
+        acc = arithmetic([*first.operands, *second.operands])
         saves = tuple(
-            0 if by_sample else savable(term.loss, term.operands, term.flags, rule.reduction)
+            0 if by_sample else savable(term.loss, _widened(term, acc).operands, term.flags, rule.reduction)
             for term, by_sample in zip((first, second), rule.by_sample(), strict=True)
         )
     loss, one, other, *_ = autograd.apply(

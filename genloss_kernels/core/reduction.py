@@ -50,9 +50,10 @@ def parse_reduction(reduction: str, size_average: bool | None, reduce: bool | No
     size_average = True if size_average is None else size_average
     reduce = True if reduce is None else reduce
     chosen = ("mean" if size_average else "sum") if reduce else "none"
-    warnings.warn(
-        f"size_average and reduce are deprecated, please use reduction={chosen!r} instead.", UserWarning, stacklevel=3
-    )
+    if not torch.compiler.is_compiling():  # which traces no warning
+        warnings.warn(
+            f"size_average and reduce are deprecated, please use reduction={chosen!r} instead.", UserWarning, stacklevel=3
+        )
     return chosen
 
 

@@ -17,6 +17,14 @@ def lowest(DTYPE: tl.constexpr):
 
 
 @triton.jit
+def narrowed(value, pointer):
+    """``value`` as it can be stored at ``pointer``: there is no way from fp64 to bf16 but through fp32."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
 def scalar(x, DTYPE: tl.constexpr):
     """A float argument, which arrives as fp64, in the dtype of arithmetic; ``tl.cast`` would go through fp32 on its way."""
     return tl.full((), x, DTYPE)

@@ -132,8 +132,7 @@ def _examine(kernel: Specialisation, machine: Machine, cubin: bytes, body: Body)
     moved = streams(kernel)
     if moved is None:
         return
-    if machine.loads:  # a linear formula's gradient reads nothing
-        yield from _narrow("load", machine.loads, moved.loads, moved.elements)
+    yield from _narrow("load", machine.loads, moved.loads, moved.elements)
     yield from _narrow("store", machine.stores, moved.stores, moved.elements)
     elements = moved.elements * _tiles(body, moved)
     machine.instructions = len(body.instructions) / elements

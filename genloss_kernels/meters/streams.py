@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..losses.adversarial.reference import GAMES, LINEAR
 from .specialisations import Specialisation
 
 _BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "u1": 1, "i1": 1}
@@ -89,36 +90,39 @@ def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
     return tuple(_itemsize(kernel.signature[name]) for name in pointers)
 
 
-def _unread(kernel: Specialisation) -> set[int]:
+def _unread(kernel: Specialisation, flags: int) -> set[int]:
     """Operands that a formula does not need, whose loads the compiler drops."""
-    # The divergence's slope in its input is a function of the target alone.
-    input_alone = kernel.formula == "kl_div_gradient" and kernel.signature["grads"][1] == "constexpr"
-    return {0} if input_alone else set()
+    # The divergence's slope in its input is a function of the target alone, and a linear game's is a constant.
+    if kernel.formula == "kl_div_gradient" and kernel.signature["grads"][1] == "constexpr":
+        return {0}
+    linear = kernel.formula == "adversarial_gradient" and flags & GAMES == LINEAR
+    return {0, 1} if linear else set()
 
 
 def _elementwise_streams(kernel: Specialisation) -> Streams | None:
     results = kernel.signature["loss_ptr"] if "forward" in kernel.name else kernel.signature["grads"]
-    return _operand_streams(kernel, kernel["KINDS"], kernel.signature["operands"], results, ())
+    return _operand_streams(kernel, kernel["KINDS"], kernel["FLAGS"], kernel.signature["operands"], results, ())
 
 
 def _penalty_streams(kernel: Specialisation) -> Streams | None:
     results = kernel.signature["grads"] if "backward" in kernel.name else ()
-    return _operand_streams(kernel, kernel["KINDS"], kernel.signature["operands"], results, ())
+    return _operand_streams(kernel, kernel["KINDS"], 0, kernel.signature["operands"], results, ())
 
 
 def _pair_streams(kernel: Specialisation) -> Streams | None:
     """Those of the term that moves the more, whose loop is the one that is read."""
     terms = []
-    for place, kinds in enumerate(("FIRST_KINDS", "SECOND_KINDS")):
+    for place, name in enumerate(("FIRST", "SECOND")):
+        kinds, flags = kernel[f"{name}_KINDS"], kernel[f"{name}_FLAGS"]
         results = () if "forward" in kernel.name else kernel.signature["grads"][place]
-        terms.append(_operand_streams(kernel, kernel[kinds], kernel.signature["operands"][place], results, (place,)))
+        terms.append(_operand_streams(kernel, kinds, flags, kernel.signature["operands"][place], results, (place,)))
     return None if None in terms else max(terms, key=lambda term: sum((*term.loads, *term.stores, *term.others)))
 
 
 def _operand_streams(
-    kernel: Specialisation, kinds: int, operands: tuple[str, ...], results: Any, path: tuple[int, ...]
+    kernel: Specialisation, kinds: int, flags: int, operands: tuple[str, ...], results: Any, path: tuple[int, ...]
 ) -> Streams | None:
-    read = [place for place in range(len(operands)) if place not in _unread(kernel)]
+    read = [place for place in range(len(operands)) if place not in _unread(kernel, flags)]
     places = {kind: [place for place in read if (kinds >> (2 * place)) & 3 == kind] for kind in (_DENSE, _SINGLE, _STRIDED)}
     argument = kernel.kernel.arg_names.index("operands")
     if not places[_DENSE] or not all(kernel.attributes.get((argument, *path, place)) for place in places[_DENSE]):

@@ -997,3 +997,12 @@ def test_gradient_in_place_needs_memory_of_its_own() -> None:
             with pytest.raises(ValueError, match="no memory of their own"):
                 gk.cross_entropy(logits, target, inplace_backward=True)
             gk.cross_entropy(logits, target)
+
+
+def test_known_failure_half_precision_targets_beside_double(path: str) -> None:
+    logits = torch.randn(3, 300, dtype=torch.float64)
+    target = torch.softmax(torch.randn(3, 300), 1).bfloat16().requires_grad_()
+    exact = target.detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(gk.cross_entropy(logits, target), target)
+    (wanted,) = torch.autograd.grad(gk.cross_entropy(logits, exact), exact)
+    torch.testing.assert_close(found.double(), wanted, rtol=2.0**-7, atol=1e-9)

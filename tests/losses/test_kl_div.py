@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -143,3 +144,15 @@ def test_module(path):
     assert isinstance(module, torch.nn.KLDivLoss)
     x, t = torch.randn(3, 4), torch.randn(3, 4)
     torch.testing.assert_close(module(x, t), torch.nn.KLDivLoss(reduction="batchmean", log_target=True)(x, t))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_known_failure_warning_in_a_compiled_graph() -> None:
+    operands = torch.randn(4, 3), torch.rand(4, 3)
+    for module in (gk.KLDivLoss(), gk.MSELoss()):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        given = operands if isinstance(module, gk.KLDivLoss) else (operands[0], operands[1][0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = module(*given)
+        torch.testing.assert_close(compiled(*given), wanted)

@@ -340,3 +340,24 @@ def test_bad_shapes_and_probabilities() -> None:
     for name in ("recon", "target"):
         with pytest.raises(RuntimeError, match=f"{name} must hold probabilities between 0 and 1.*got -?[0-9.]+ to 1.5"):
             gk.vae_loss(**(good | {name: good[name].clone().index_fill_(0, torch.tensor([2]), 1.5)}))
+
+
+@pytest.mark.parametrize("wide", TENSORS)
+def test_known_failure_one_operand_in_double_precision(wide: str) -> None:
+    """What the other term kept for its backward was never written."""
+    arguments = _arguments(reduction="mean")
+    arguments[wide] = arguments[wide].double()
+    leaves = [arguments[name].requires_grad_() for name in TENSORS]
+    junk = [torch.full((n,), 1e30) for n in range(1, 200)]
+    del junk
+    found = torch.autograd.grad(gk.vae_loss(**arguments).loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = torch.autograd.grad(gk.vae_loss(**arguments | dict(zip(TENSORS, exact, strict=True))).loss, exact)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-9)
+
+
+def test_nan_hides_no_probability() -> None:
+    bad = torch.tensor([[float("nan"), 2.0]])
+    with pytest.raises(RuntimeError, match="recon must hold probabilities"):
+        gk.vae_loss(bad, torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), recon_loss="bce")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...core.triton_math import scalar
+from ...core.triton_math import narrowed, scalar
 
 # What torch adds to squared norms, 1e-12 in fp32; and the least scale of a row: at its root no square counts any more.
 EPSILON = tl.constexpr(9.999999960041972e-13)
@@ -85,10 +85,7 @@ def _cosine_forward_kernel(
 
 @triton.jit
 def _store(pointer, place, gradient, live):
-    if pointer.dtype.element_ty == tl.bfloat16:
-        # There is no way from fp64 to bf16 but through fp32.
-        gradient = gradient.to(tl.float32)
-    tl.store(pointer + place, gradient, mask=live)
+    tl.store(pointer + place, narrowed(gradient, pointer), mask=live)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
 from ...core.softmax import collapse, first_state, initial_state, transform, update
-from ...core.triton_math import expm1_excess, scalar
+from ...core.triton_math import expm1_excess, narrowed, scalar
 
 
 @triton.jit
@@ -561,13 +561,13 @@ def _give(
         if SOFTCAP:
             ratio = y * inverse_softcap
             dy *= 1.0 - ratio * ratio
-        dx = tl.where(valid, dy * logit_scale, 0.0)
+        dx = narrowed(tl.where(valid, dy * logit_scale, 0.0), grad_pointers)
         if MASKED:
             tl.store(grad_pointers, dx, mask=live)
         else:
             tl.store(grad_pointers, dx)
     if GRAD_TARGET:
-        dt = log_probability * (of_target - grad * (1.0 - smoothing) * weight)
+        dt = narrowed(log_probability * (of_target - grad * (1.0 - smoothing) * weight), grad_target_pointers)
         if MASKED:
             tl.store(grad_target_pointers, dt, mask=live)
         else:

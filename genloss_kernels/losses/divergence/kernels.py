@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.triton_math import atanh_excess, expm1_excess, log1p_unit, lowest, scalar
+from ...core.triton_math import atanh_excess, expm1_excess, log1p_unit, lowest, narrowed, scalar
 
 KL = tl.constexpr(0)
 JS = tl.constexpr(1)
@@ -504,15 +504,17 @@ def _store_gradients(
 ):  # fmt: skip
     grad_a, grad_b = _gradients(a, b, values, weights, KIND, GRAD_A, GRAD_B)
     if GRAD_A:
+        grad_a = narrowed(grad_a * grad, grad_a_pointers)
         if MASKED:
-            tl.store(grad_a_pointers, grad_a * grad, mask=live)
+            tl.store(grad_a_pointers, grad_a, mask=live)
         else:
-            tl.store(grad_a_pointers, grad_a * grad)
+            tl.store(grad_a_pointers, grad_a)
     if GRAD_B:
+        grad_b = narrowed(grad_b * grad, grad_b_pointers)
         if MASKED:
-            tl.store(grad_b_pointers, grad_b * grad, mask=live)
+            tl.store(grad_b_pointers, grad_b, mask=live)
         else:
-            tl.store(grad_b_pointers, grad_b * grad)
+            tl.store(grad_b_pointers, grad_b)
 
 
 @triton.jit

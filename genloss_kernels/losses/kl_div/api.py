@@ -77,7 +77,8 @@ def kl_div(
         >>> round(gk.kl_div(odds.log(), even, reduction="batchmean").item(), 4)
         0.1438
     """
-    if size_average is None and reduce is None and reduction == "mean":
+    mean = size_average is None and reduce is None and reduction == "mean"
+    if mean and not torch.compiler.is_compiling():  # which traces no warning
         warnings.warn(
             "reduction: 'mean' divides the total loss by the size of the support too; 'batchmean' gives the divergence",
             stacklevel=2,

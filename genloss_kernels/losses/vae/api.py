@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -199,7 +198,7 @@ def _check_probabilities(name: str, value: Tensor) -> None:
     if not value.numel() or not backend.reads_values(value):
         return
     low, high = (float(bound) for bound in value.detach().aminmax())
-    if not (low >= 0.0 and high <= 1.0) and not math.isnan(low):
+    if not (low >= 0.0 and high <= 1.0):
         raise RuntimeError(
             f"{name} must hold probabilities between 0 and 1 for recon_loss='bce', got {low:g} to {high:g}: "
             "recon_loss='bce_with_logits' takes logits"
