@@ -103,7 +103,7 @@ def _differentiate(
     results = {"loss": loss, **{f"gradient {place}": grad for place, grad in enumerate(first)}}
     terms = {} if loss.dim() else {"loss": size(leaves, first) / upstream.detach().abs()}
     for place, leaf in enumerate(leaves):
-        if not leaf.dim() and leaves[0].dim():
+        if not leaf.dim() and leaves[0].dim() and first[place].any():
             # What all elements share has a sum for its gradient; each has its own term where each has a copy.
             copies = leaf.detach().expand(leaves[0].shape).clone().requires_grad_()
             again = function(
