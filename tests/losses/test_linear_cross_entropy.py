@@ -382,7 +382,7 @@ def test_gathered_rows(path: str, reduction: str, logits_rows: list[int]) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_rows_are_not_gathered_where_their_number_may_not_be_known() -> None:
+def test_compiled_rows_are_not_gathered_where_their_number_may_not_be_known() -> None:
     given, options = _labels(bias=False), gk.LinearCrossEntropyOptions(gather_rows=True)
     x, w, target = given["input"], given["linear_weight"], given["target"]
     wanted = gk.linear_cross_entropy(x, w, target)
