@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from curves import check_curves, device_name, loss_table, save_json, save_plot, speed_table, verdict
 from matplotlib.figure import Figure
-from runs import Run, call_here, call_in_new_process
+from runs import Run, call_here, call_in_new_process, measure
 from torch import Tensor
 
 # The pictures of scikit-learn are 8 pixels wide.
@@ -60,6 +61,12 @@ def batches(images: Tensor, config: Config) -> Iterator[Tensor]:
             if len(rows) == config.batch:
                 given += 1
                 yield images[rows].to(config.device)
+
+
+def trained(step: Callable[[int, Tensor], float], images: Tensor, config: Config) -> Run:
+    """``step(number, batch)`` for each batch, measured."""
+    steps = (partial(step, number, batch) for number, batch in enumerate(batches(images, config)))
+    return measure(steps, config.batch, "pictures", torch.device(config.device))
 
 
 def noise(config: Config, *shape: int, seed: int) -> Tensor:

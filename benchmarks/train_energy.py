@@ -12,12 +12,11 @@ Written to --out: train_energy.json, train_energy.png (curves), train_energy_pic
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
-from digits import COLUMNS, SIZE, Config, Outcome, batches, compare, digits, last_words, noise, parser, spread_over
-from runs import measure, perturb_by_one_ulp
+from digits import COLUMNS, SIZE, Config, Outcome, compare, digits, last_words, noise, parser, spread_over, trained
+from runs import perturb_by_one_ulp
 from torch import Tensor, nn
 
 import genloss_kernels as gk
@@ -73,11 +72,7 @@ def train(config: Config, losses: str, perturb: bool) -> Outcome:
         optimizer.step()
         return loss.item()
 
-    def steps() -> Iterator[Callable[[], float]]:
-        for number, batch in enumerate(batches(images, config)):
-            yield partial(step, number, batch)
-
-    run = measure(steps(), config.batch, "pictures", torch.device(config.device))
+    run = trained(step, images, config)
     pictures = {"digits": spread_over(images), "samples": drawn[-COLUMNS:].flip(0)}
     return Outcome(run, {title: rows.cpu() for title, rows in pictures.items()})
 

@@ -15,14 +15,13 @@ Written to --out: train_gan.json, train_gan.png (curves), train_gan_pictures.png
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from digits import COLUMNS, SIZE, Config, Outcome, batches, compare, digits, last_words, noise, parser, spread_over
-from runs import measure, perturb_by_one_ulp
+from digits import COLUMNS, SIZE, Config, Outcome, compare, digits, last_words, noise, parser, spread_over, trained
+from runs import perturb_by_one_ulp
 from torch import Tensor, nn
 
 import genloss_kernels as gk
@@ -120,11 +119,7 @@ def train(config: GameConfig, losses: str, perturb: bool) -> Outcome:
     def step(number: int, real: Tensor) -> float:
         return discriminate(real, 2 * number) + generate(len(real), 2 * number + 1)
 
-    def steps() -> Iterator[Callable[[], float]]:
-        for number, batch in enumerate(batches(images, config)):
-            yield partial(step, number, batch)
-
-    run = measure(steps(), config.batch, "pictures", torch.device(config.device))
+    run = trained(step, images, config)
     with torch.no_grad():
         samples = [generator(noise(config, COLUMNS, LATENTS, seed=-place)) for place in (1, 2)]
     pictures = {"digits": spread_over(images), "samples": samples[0], "more samples": samples[1]}

@@ -11,13 +11,12 @@ Written to --out: train_vae.json, train_vae.png (curves), train_vae_pictures.png
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from digits import COLUMNS, SIZE, Config, Outcome, batches, compare, digits, last_words, noise, parser, spread_over
-from runs import measure, perturb_by_one_ulp
+from digits import COLUMNS, SIZE, Config, Outcome, compare, digits, last_words, noise, parser, spread_over, trained
+from runs import perturb_by_one_ulp
 from torch import Tensor, nn
 
 import genloss_kernels as gk
@@ -77,11 +76,7 @@ def train(config: Config, losses: str, perturb: bool) -> Outcome:
         optimizer.step()
         return loss.item()
 
-    def steps() -> Iterator[Callable[[], float]]:
-        for number, batch in enumerate(batches(images, config)):
-            yield partial(step, number, batch)
-
-    run = measure(steps(), config.batch, "pictures", torch.device(config.device))
+    run = trained(step, images, config)
     with torch.no_grad():
         originals = spread_over(images).to(config.device)
         mu, _ = model.encoder(originals).chunk(2, 1)

@@ -109,7 +109,7 @@ def examine(
         expected = _run(case.oracle, call.fresh(torch.float64))
         yardstick = _run(case.oracle, call.fresh(dtype if case.products and dtype.itemsize == 2 else like))
         for name, result in results.items():
-            finding.tensors[name] = compare(result, expected[name], yardstick[name], products=case.products)
+            finding.tensors[name] = compare(result, expected[name], yardstick[name], products=case.products or case.cancels)
         wrong = [name for name, comparison in finding.tensors.items() if not comparison.passed]
         if wrong:
             finding.problem = f"beyond the tolerance: {', '.join(wrong)}"

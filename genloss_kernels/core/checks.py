@@ -96,13 +96,13 @@ def not_negative(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has a negative entry: it must not be negative")
 
 
-def probabilities(name: str, value: Tensor) -> None:
-    """RuntimeError for an element outside [0, 1], NaN included, where values may be read."""
+def probabilities(name: str, value: Tensor, fix: str = "") -> None:
+    """RuntimeError for an element outside [0, 1], NaN included, where values may be read; ``fix`` ends its message."""
     if value.numel() == 0 or not reads_values(value):
         return
     low, high = (bound.item() for bound in value.detach().aminmax())
     if not (low >= 0.0 and high <= 1.0):
-        raise RuntimeError(f"all elements of {name} should be between 0 and 1, got a range of {low:g} to {high:g}")
+        raise RuntimeError(f"all elements of {name} should be between 0 and 1, got a range of {low:g} to {high:g}{fix}")
 
 
 def class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:

@@ -190,19 +190,8 @@ def _check(
         raise ValueError(f"recon and mu must hold as many samples along dimension 0, got {recon.size(0)} and {latent[0]}")
     _check_beta(beta, recon)
     if recon_loss == "bce":
-        _check_probabilities("recon", recon)
-        _check_probabilities("target", target)
-
-
-def _check_probabilities(name: str, value: Tensor) -> None:
-    if not value.numel() or not backend.reads_values(value):
-        return
-    low, high = (float(bound) for bound in value.detach().aminmax())
-    if not (low >= 0.0 and high <= 1.0):
-        raise RuntimeError(
-            f"{name} must hold probabilities between 0 and 1 for recon_loss='bce', got {low:g} to {high:g}: "
-            "recon_loss='bce_with_logits' takes logits"
-        )
+        checks.probabilities("recon", recon, ": recon_loss='bce_with_logits' takes logits")
+        checks.probabilities("target", target)
 
 
 def _check_beta(beta: Any, recon: Tensor) -> None:
