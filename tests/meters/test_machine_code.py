@@ -115,6 +115,13 @@ def test_one_exponential_an_element_by_loads_of_16_bytes() -> None:
     assert forward.special == backward.special == 1.0
 
 
+def test_two_special_functions_an_element_under_a_softcap() -> None:
+    """And nothing in double precision, in which the softcap arrives."""
+    for kernel in read([k for k in _cross_entropy(512, 32768, softcap=30.0) if "reduction" not in k.name]):
+        assert not kernel.violations
+        assert kernel.special == 2.0
+
+
 def test_spilling_is_found() -> None:
     forward = _cross_entropy(512, 32768, label_smoothing=0.1)[0]
 

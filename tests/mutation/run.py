@@ -155,7 +155,7 @@ def _measure(
             ordered = sorted((pair for pair in pairs if pair[1] == mode), key=baseline.__getitem__)
             tests = [test for suite, _ in ordered for test in families[suite].tests]
             timeout = options.timeout or max(120.0, 4 * sum(baseline[pair] for pair in ordered))
-            outcomes.append(runner.run(tests, timeout, mutant, mode))
+            outcomes.append(runner.run(tests, timeout, (mutant.source.path, mutant.mutated), mode))
             if outcomes[-1].status != "survived":
                 break
         outcome, seconds = outcomes[-1], sum(outcome.seconds for outcome in outcomes)

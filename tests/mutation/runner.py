@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .source import Mutant
 from .targets import PACKAGE
 
 _NOT_COPIED = {"__pycache__", "build", "dist", "node_modules", "venv"}
@@ -99,14 +98,16 @@ class Runner:
         self._stopping = False
         self._checked = threading.local()
 
-    def run(self, tests: list[str], timeout: float | None, mutant: Mutant | None = None, mode: str = "as is") -> TestRun:
-        """Runs ``tests`` in a fresh copy that holds ``mutant``."""
+    def run(
+        self, tests: list[str], timeout: float | None, change: tuple[str, bytes] | None = None, mode: str = "as is"
+    ) -> TestRun:
+        """Runs ``tests`` in a fresh copy, in which the file that ``change`` names holds what it says."""
         copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self._scratch))
         try:
             shutil.copytree(self._snapshot, copy, symlinks=True, dirs_exist_ok=True)
             self._check_import(copy)
-            if mutant is not None:
-                (copy / mutant.source.path).write_bytes(mutant.mutated)
+            if change is not None:
+                (copy / change[0]).write_bytes(change[1])
             # --verbosity=-1 is -q whatever the configured options add.
             options = ["-x", "--verbosity=-1", "-p", "no:cacheprovider", f"--rootdir={copy}"]
             return self._execute([sys.executable, "-m", "pytest", *options, *tests], copy, timeout, mode)
