@@ -313,7 +313,13 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         )
 
 
-class GaussianKLLoss(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    def extra_repr(self) -> str:
+        options = {name: value for name, value in vars(self).items() if name != "training" and not name.startswith("_")}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class GaussianKLLoss(_Loss):
     """:func:`genloss_kernels.gaussian_kl` as a module.
 
     Example:
@@ -349,7 +355,7 @@ class GaussianKLLoss(torch.nn.Module):
         )
 
 
-class KLDivWithLogitsLoss(torch.nn.Module):
+class KLDivWithLogitsLoss(_Loss):
     """:func:`genloss_kernels.kl_div_with_logits` as a module.
 
     Example:
@@ -370,7 +376,7 @@ class KLDivWithLogitsLoss(torch.nn.Module):
         )
 
 
-class JSDivWithLogitsLoss(torch.nn.Module):
+class JSDivWithLogitsLoss(_Loss):
     """:func:`genloss_kernels.js_div_with_logits` as a module.
 
     Example:
@@ -424,7 +430,7 @@ class GaussianNLLLoss(torch.nn.GaussianNLLLoss):
         return F.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
 
 
-class VAELoss(torch.nn.Module):
+class VAELoss(_Loss):
     """:func:`genloss_kernels.vae_loss` as a module; ``beta`` may be given to the call instead, for annealing.
 
     Example:
@@ -466,7 +472,7 @@ class VAELoss(torch.nn.Module):
         )
 
 
-class GANDiscriminatorLoss(torch.nn.Module):
+class GANDiscriminatorLoss(_Loss):
     """:func:`genloss_kernels.gan_discriminator_loss` as a module.
 
     Example:
@@ -484,7 +490,7 @@ class GANDiscriminatorLoss(torch.nn.Module):
         return F.gan_discriminator_loss(real, fake, self.kind, reduction=self.reduction)
 
 
-class GANGeneratorLoss(torch.nn.Module):
+class GANGeneratorLoss(_Loss):
     """:func:`genloss_kernels.gan_generator_loss` as a module.
 
     Example:
@@ -502,7 +508,7 @@ class GANGeneratorLoss(torch.nn.Module):
         return F.gan_generator_loss(fake, self.kind, real=real, reduction=self.reduction)
 
 
-class GradientPenalty(torch.nn.Module):
+class GradientPenalty(_Loss):
     """:func:`genloss_kernels.gradient_penalty` as a module.
 
     Example:
@@ -520,7 +526,7 @@ class GradientPenalty(torch.nn.Module):
         return F.gradient_penalty(grad, target=self.target, reduction=self.reduction)
 
 
-class R1Penalty(torch.nn.Module):
+class R1Penalty(_Loss):
     """:func:`genloss_kernels.r1_penalty` as a module.
 
     Example:
@@ -538,7 +544,7 @@ class R1Penalty(torch.nn.Module):
         return F.r1_penalty(grad, gamma=self.gamma, reduction=self.reduction)
 
 
-class ContrastiveDivergenceLoss(torch.nn.Module):
+class ContrastiveDivergenceLoss(_Loss):
     """:func:`genloss_kernels.contrastive_divergence_loss` as a module.
 
     Example:

@@ -11,7 +11,7 @@ HF = "integrations/transformers/"
 
 
 class Fault(NamedTuple):
-    """``old``, which occurs once in the package's ``file``, becomes ``new``; each of ``tests`` must fail then in ``mode``."""
+    """``old``, which occurs once in the package's ``file``, becomes ``new``; each of ``tests`` fails in ``mode``."""
 
     failure: str
     what: str

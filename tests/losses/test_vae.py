@@ -287,6 +287,7 @@ def test_module() -> None:
     module = gk.VAELoss(beta=2.0, **options)
     assert module(*arguments) == gk.vae_loss(*arguments, beta=2.0, **options)
     assert module(*arguments, beta=3.0) == gk.vae_loss(*arguments, beta=3.0, **options)
+    assert repr(module) == "VAELoss(recon_loss='l1', beta=2.0, reduction='sum', free_bits=0.2, capacity=3.0)"
 
 
 BAD = {
