@@ -19,7 +19,7 @@ LAYERS = {
     "losses": {"core", "losses"},
     "functional": {"losses"},
     "nn": {"core", "functional"},
-    "cases": {"core", "losses", "functional", "nn"},
+    "cases": {"cases", "core", "losses", "functional", "nn"},
     "testing": {"core"},
     "integrations": {"functional", "integrations", "nn"},
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.cases import (
+from genloss_kernels.cases.adversarial import (
     GAN_KINDS,
     gan_discriminator_loss_oracle,
     gan_generator_loss_oracle,

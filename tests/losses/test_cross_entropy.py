@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.cases import cross_entropy_oracle
+from genloss_kernels.cases.cross_entropy import cross_entropy_oracle
 from genloss_kernels.core import launch
 from genloss_kernels.core.launch import Tile
 from genloss_kernels.losses.cross_entropy import api, eager

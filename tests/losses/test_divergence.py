@@ -12,7 +12,7 @@ from torch import Tensor
 
 import genloss_kernels as gk
 from genloss_kernels import cases
-from genloss_kernels.cases import categorical_entropy_oracle, js_div_with_logits_oracle, kl_div_with_logits_oracle
+from genloss_kernels.cases.divergence import categorical_entropy_oracle, js_div_with_logits_oracle, kl_div_with_logits_oracle
 from genloss_kernels.core import launch
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.core.launch import Tile
@@ -448,7 +448,7 @@ def test_only_what_must_be_read_twice_is(monkeypatch: pytest.MonkeyPatch, small_
             input = target + 1e-3 if close else torch.randn(2, 4096, generator=generator)
             return cases.Call({"input": input, "target": target}, ("input",))
 
-        return cases.Case(loss, "a test", make, cases.kl_div_with_logits_oracle)
+        return cases.Case(loss, "a test", make, kl_div_with_logits_oracle)
 
     assert measure(case("kl_div_with_logits")).element_ratio == pytest.approx(1.0, abs=0.01)
     assert measure(case("kl_div_with_logits", close=True)).element_ratio == pytest.approx(7 / 5, abs=0.01)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import genloss_kernels as gk
-from genloss_kernels.cases import contrastive_divergence_loss_oracle
+from genloss_kernels.cases.energy import contrastive_divergence_loss_oracle
 from genloss_kernels.losses.energy import api
 
 from .comparison import DTYPES, check

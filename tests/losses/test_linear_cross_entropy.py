@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import genloss_kernels as gk
-from genloss_kernels.cases import linear_cross_entropy_oracle as _oracle
+from genloss_kernels.cases.linear_cross_entropy import linear_cross_entropy_oracle as _oracle
 from genloss_kernels.core import launch, scaling
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.losses.linear_cross_entropy import api, chunks, options
