@@ -20,7 +20,7 @@ from genloss_kernels.testing import assert_close
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .models import CONFIGS, VOCABULARY, assert_steps_agree, batch, build, exact_loss, exact_step, step
@@ -322,8 +322,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def refused(model: Any, mode: str, message: str) -> None:
     modules = [*model.modules()]
     before, hooks = [vars(m).copy() for m in modules], [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules]
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as found:
         patch(model, mode)
+    assert f"{type(model).__name__} is left as it was" in str(found.value)
+    assert f"mode={mode!r}" in str(found.value) or mode == "auto"
     assert [vars(m) for m in modules] == before
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules] == hooks
 
@@ -334,6 +336,11 @@ def test_model_with_another_loss_is_refused(name: str, mode: str) -> None:
     model = build("llama")
     model.loss_function = LOSSES[name]
     refused(model, mode, "fails with IndexError" if name == "error" else "loss differs|gradient of the logits differs")
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+def test_model_that_classifies_sequences_is_refused(mode: str) -> None:
+    refused(LlamaForSequenceClassification(build("llama").config), mode, f"mode={mode!r}: a batch of input_ids and labels fails")
 
 
 class CapsInside(torch.nn.Linear):

@@ -70,7 +70,10 @@ def patch(model: Any, mode: str = "auto", verify: bool = True) -> PatchHandle:
         )
     if isinstance(model.loss_function, _LossFunction):
         raise RuntimeError(f"{type(model).__qualname__} is patched already: call model.loss_function.handle.revert() first")
-    verification = Verification(model, heads.leaf(model.get_output_embeddings())) if verify else None
+    try:
+        verification = Verification(model, heads.leaf(model.get_output_embeddings())) if verify else None
+    except Refusal as error:
+        raise RuntimeError(f"{type(model).__qualname__} is left as it was. mode={mode!r}: {error}") from error
     refused = []
     for attempt in ("fused", "logits") if mode == "auto" else (mode,):
         handle = PatchHandle(model, attempt)
