@@ -7,6 +7,7 @@ mode when the kernels are imported, so one process runs one of the two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,20 @@ import torch
 import genloss_kernels as gk
 from genloss_kernels.core.backend import INTERPRETED
 
+from . import refusals
+
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bad-input-table", type=Path, metavar="FILE", help="write there which calls were refused, and how")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--bad-input-table")
+    if file is not None:
+        before = refusals.read(file.read_text(encoding="utf-8")) if file.exists() else set()
+        file.write_text(refusals.table(refusals.SEEN | before), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

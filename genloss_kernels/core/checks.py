@@ -102,7 +102,7 @@ def probabilities(name: str, value: Tensor, fix: str = "") -> None:
         return
     low, high = (bound.item() for bound in value.detach().aminmax())
     if not (low >= 0.0 and high <= 1.0):
-        raise RuntimeError(f"all elements of {name} should be between 0 and 1, got a range of {low:g} to {high:g}{fix}")
+        raise RuntimeError(f"all elements of {name} should be between 0 and 1, got a range of {low:.9g} to {high:.9g}{fix}")
 
 
 def class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:

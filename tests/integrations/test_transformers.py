@@ -340,7 +340,9 @@ def test_model_with_another_loss_is_refused(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", [*MODES, "auto"])
 def test_model_that_classifies_sequences_is_refused(mode: str) -> None:
-    refused(LlamaForSequenceClassification(build("llama").config), mode, f"mode={mode!r}: a batch of input_ids and labels fails")
+    refused(
+        LlamaForSequenceClassification(build("llama").config), mode, f"mode={mode!r}: a batch of input_ids and labels fails"
+    )
 
 
 class CapsInside(torch.nn.Linear):
