@@ -93,6 +93,14 @@ def test_classes_in_dimension_1(soft: bool, path: str) -> None:
     _compare(given, SIZES["empty"], path)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_known_failure_smoothing_with_an_outlier(soft: bool, path: str) -> None:
+    """The share of a rank without it is exp(-140), which is 0 in fp32, and its logarithm is not."""
+    given = _given(CASES["smoothing"], 40, soft=soft, weighted=False)
+    given.logits[::2, 3] = 140.0
+    _compare(given, SIZES["uneven"], path)
+
+
 def _compare(given: Given, sizes: tuple[int, ...], path: str) -> None:
     stats = given.options.get("stats", False)
     shape = given.logits.select(1, 0).shape
