@@ -16,15 +16,21 @@ import genloss_kernels as gk
 from genloss_kernels.core.backend import INTERPRETED
 
 from . import refusals
+from .torch_conformance import counts
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-counts", type=Path, metavar="FILE", help="write there how many of torch's tests passed")
     parser.addoption("--bad-input-table", type=Path, metavar="FILE", help="write there which calls were refused, and how")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--conformance-counts")
+    if file is not None:
+        before = counts.read(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(counts.table(before | counts.SEEN), encoding="utf-8")
     file = session.config.getoption("--bad-input-table")
     if file is not None:
         before = refusals.read(file.read_text(encoding="utf-8")) if file.exists() else set()

@@ -13,7 +13,8 @@ from torch import Tensor
 import genloss_kernels as gk
 from genloss_kernels.losses.cross_entropy import api as cross_entropy_api
 
-from .examples import every_route
+from .counts import counted
+from .examples import every_route, route
 
 # Samples of each entry in torch 2.13.
 COUNTS = {
@@ -57,9 +58,13 @@ def _samples(entry: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
     return list(_op(entry).sample_inputs(device, dtype, requires_grad=True))
 
 
+def _name(entry: str) -> str:
+    return entry.rpartition(".")[2]
+
+
 def _functions(entry: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Ours and torch's."""
-    name = entry.rpartition(".")[2]
+    name = _name(entry)
     return getattr(gk, name), getattr(torch.nn.functional, name)
 
 
@@ -132,9 +137,12 @@ def _described(sample: Any) -> str:
 
 
 def _compared(
-    entry: str, device: torch.device, dtype: torch.dtype, *, second: bool
+    entry: str, device: torch.device, dtype: torch.dtype, where: str, *, second: bool
 ) -> Iterator[tuple[str, Any, Derivatives]]:
-    """Differentiate every sample by our function and compare with torch's in the same dtype and in float64."""
+    """Differentiate every sample by our function and compare with torch's in the same dtype and in float64.
+
+    What the caller asserts of a sample counts with it.
+    """
     ours, torchs = _functions(entry)
     for number, sample in enumerate(_samples(entry, device, dtype)):
         label = f"{entry} sample {number}: {_described(sample)}"
@@ -143,17 +151,18 @@ def _compared(
             generator = torch.Generator(device).manual_seed(number)  # noqa: B023 - called before the next turn
             return _differentiate(function, sample, wide, generator, second=second)  # noqa: B023
 
-        found = differentiate(ours, dtype)
-        builtin, exact = differentiate(torchs, dtype), differentiate(torchs, torch.float64)
-        # Nothing at hand measures torch's errors in float64; float32's stand in.
-        like = differentiate(torchs, torch.float32) if dtype == torch.float64 else builtin
-        for name, result in found.results.items():
-            assert result.dtype == builtin.results[name].dtype, f"{name} of {label}"
-            triple = result, exact.results[name], like.results[name]
-            if name in exact.terms:
-                triple = tuple(torch.stack([value, exact.terms[name].to(value.dtype)]) for value in triple)
-            gk.testing.assert_close(*triple, name=f"{name} of {label}")
-        yield label, sample, found
+        with counted(_name(entry), f"op_db samples, {'both derivatives' if second else 'derivatives'}", where):
+            found = differentiate(ours, dtype)
+            builtin, exact = differentiate(torchs, dtype), differentiate(torchs, torch.float64)
+            # Nothing at hand measures torch's errors in float64; float32's stand in.
+            like = differentiate(torchs, torch.float32) if dtype == torch.float64 else builtin
+            for name, result in found.results.items():
+                assert result.dtype == builtin.results[name].dtype, f"{name} of {label}"
+                triple = result, exact.results[name], like.results[name]
+                if name in exact.terms:
+                    triple = tuple(torch.stack([value, exact.terms[name].to(value.dtype)]) for value in triple)
+                gk.testing.assert_close(*triple, name=f"{name} of {label}")
+            yield label, sample, found
 
 
 @every_entry
@@ -170,7 +179,7 @@ def test_samples(entry: str, dtype: torch.dtype, path: str, small: str, device: 
     """Values and first gradients, by kernels in both directions on the kernels' path."""
     seen = 0
     with gk.testing.count_launches() as launches:
-        for label, sample, found in _compared(entry, device, dtype, second=False):
+        for label, sample, found in _compared(entry, device, dtype, route(path, small), second=False):
             kernels = set(launches)
             launches.clear()
             if path == "triton" and sample.input.numel():
@@ -186,7 +195,7 @@ def test_samples(entry: str, dtype: torch.dtype, path: str, small: str, device: 
 @every_entry
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_second_gradients(entry: str, dtype: torch.dtype, path: str, small: str, device: torch.device) -> None:
-    for label, _, found in _compared(entry, device, dtype, second=True):
+    for label, _, found in _compared(entry, device, dtype, route(path, small), second=True):
         assert any(name.startswith("second") for name in found.results), label
         if small == "blocks" and entry not in ALWAYS_BUILT_IN:
             assert found.node in OWN_NODES, f"{label} went to {found.node}"
@@ -194,14 +203,15 @@ def test_second_gradients(entry: str, dtype: torch.dtype, path: str, small: str,
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @every_entry
-def test_error_inputs(entry: str, device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_error_inputs(entry: str, backend: str, device: torch.device) -> None:
     """Whatever torch lists as an error is one here, of the same type."""
     ours, _ = _functions(entry)
     op = _op(entry)
     listed = [] if op.error_inputs_func is None else list(op.error_inputs(device))
     for error in listed:
         sample = error.sample_input
-        with gk.backend("eager"), pytest.raises(error.error_type):
+        with counted(_name(entry), "op_db error inputs", backend), gk.backend(backend), pytest.raises(error.error_type):
             ours(sample.input, *sample.args, **sample.kwargs)
     if torch.__version__.startswith("2.13."):
         assert len(listed) == ERRORS.get(entry, 0)
