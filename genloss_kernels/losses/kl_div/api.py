@@ -40,7 +40,7 @@ def kl_div(
     r"""Kullback-Leibler divergence KL(target || input), in nats, its terms added up.
 
     .. math::
-        \ell = t \, (\log t - x), \qquad \text{or } e^{t} (t - x) \text{ if } \texttt{log\_target}
+        \ell = t \, (\log t - x), \qquad \text{or of logarithms } e^{t} (t - x)
 
     Args:
         input: log-probabilities of any shape; fp32, fp16, bf16 or fp64.
