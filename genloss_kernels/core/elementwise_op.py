@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd, elementwise
+from . import autograd, elementwise, made
 from .elementwise import Operands
-from .layout import broadcast_shape, memory_order, row_blocks
+from .formulas import Formulas, Scalars, blocks, formulas_of, reduced
+from .layout import broadcast_shape
 from .library import register, unwatched
 from .reduction import Reduction
 from .scratch import Scratch
-
-# Elements of a block for each thread: a second-level cache in fp64, and long enough to hide the cost of calling
-# operators.
-BLOCK_ELEMENTS = 2**17
-
-Scalars = tuple[float, float, float]
-
-
-class Formulas(NamedTuple):
-    """What a family supplies; each function takes four operands (None where absent), then the scalars and the flags.
-
-    ``kernels`` imports and returns the device functions of value and gradient. ``reference`` is differentiable to any
-    order. ``value``, ``total`` (the sum of the values, as a tensor or number) and ``gradient`` are the eager path's, on
-    blocks, and take buffers to work in. ``gradient`` also takes the upstream gradient, a number or a tensor, and for each
-    operand a tensor in the dtype of arithmetic to write to, or None.
-
-    ``saves`` says by the flags how many fp32 tensors of the operands' size ``total`` can fill that ``gradient`` would
-    otherwise compute again. Both take them last, as a sequence that is empty where nothing is saved.
-    """
-
-    kernels: Callable[[], tuple[Any, Any]]
-    reference: Callable[..., Tensor]
-    value: Callable[..., Tensor]
-    total: Callable[..., Tensor | float]
-    gradient: Callable[..., None]
-    saves: Callable[[int], int] = lambda flags: 0
-
-
-_formulas: dict[str, Formulas] = {}
-
-
-def formulas_of(name: str) -> Formulas:
-    return _formulas[name]
-
-
-def register_formulas(name: str, formulas: Formulas) -> None:
-    _formulas[name] = formulas
-
-
-def by_slopes(
-    kernels: Callable[[], tuple[Any, Any]], reference: Callable[..., Tensor], slopes: Callable[..., Sequence[Tensor | None]]
-) -> Formulas:
-    """Formulas of a loss whose eager path is its reference, and ``slopes``, its derivatives in each operand, in blocks."""
-
-    def value(*arguments: Any) -> Tensor:
-        return reference(*arguments[:-1])
-
-    def total(*arguments: Any) -> Tensor:
-        return value(*arguments[:-1]).sum()
-
-    def gradient(*arguments: Any) -> None:
-        *formula, _, grad, outputs, _ = arguments
-        for output, slope in zip(outputs, slopes(*formula), strict=True):
-            if output is not None and slope is not None:
-                torch.mul(slope, grad, out=output)
-
-    return Formulas(kernels, reference, value, total, gradient)
-
-
-def _blocks(tensors: Sequence[Tensor | None], shape: torch.Size, *, by_sample: bool) -> Iterator[Sequence[Tensor | None]]:
-    """Blocks of the tensors expanded to ``shape``, in the order in which the first full-size one lies in memory."""
-    elements = BLOCK_ELEMENTS * torch.get_num_threads()
-    if shape.numel() <= elements and not by_sample:
-        yield [t if t is None or t.shape == shape else t.expand(shape) for t in tensors]
-        return
-    full = next((t for t in tensors if t is not None and t.shape == shape), None)
-    order = tuple(range(len(shape))) if full is None or by_sample else memory_order(full)
-    views = [None if t is None else t.expand(shape).permute(order) for t in tensors]
-    dims: Sequence[int] = [shape[d] for d in order]
-    if not by_sample and all(v is None or v.is_contiguous() or not any(v.stride()) for v in views):
-        count = shape.numel()
-        views = [None if v is None else v.as_strided((count,), (1 if any(v.stride()) else 0,)) for v in views]
-        dims = [count]
-    for index in row_blocks(dims, elements):
-        yield [None if v is None else v[index] for v in views]
 
 
 def eager_forward(
@@ -104,7 +30,7 @@ def eager_forward(
     scratch = Scratch()
     if reduction == Reduction.NONE:
         out = torch.empty(shape, dtype=dtype, device=device)
-        for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, out], shape, by_sample=False):
+        for *tensors, mask, target in blocks([*operands.tensors, operands.mask, out], shape, by_sample=False):
             assert target is not None
             target.copy_(_masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return out, nothing
@@ -114,12 +40,12 @@ def eager_forward(
         place = sums.view(-1, *[1] * (len(shape) - 1))
         if not shape.numel():
             return sums.to(dtype), nothing
-        for *tensors, mask, target in _blocks([*operands.tensors, operands.mask, place], shape, by_sample=True):
+        for *tensors, mask, target in blocks([*operands.tensors, operands.mask, place], shape, by_sample=True):
             assert target is not None
             _add_sums(target, _masked(formulas.value(*tensors, scalars, flags, scratch), mask))
         return sums.to(dtype), nothing
     total = 0.0
-    for a, b, c, d, mask, *keep in _blocks([*operands.tensors, operands.mask, *saved], shape, by_sample=False):
+    for a, b, c, d, mask, *keep in blocks([*operands.tensors, operands.mask, *saved], shape, by_sample=False):
         tensors = (a, b, c, d)
         if mask is None:
             total = total + formulas.total(*tensors, scalars, flags, scratch, keep)
@@ -169,7 +95,7 @@ def eager_backward(
     scratch = Scratch()
     # The operands come first, so that the blocks follow their memory order.
     every = [*operands.tensors, operands.mask, grad if upstream is None else None, *wide, *saved]
-    for a, b, c, d, mask, part, *rest in _blocks(every, shape, by_sample=False):
+    for a, b, c, d, mask, part, *rest in blocks(every, shape, by_sample=False):
         outputs, kept_back = rest[:4], rest[4:]
         targets = [
             None if o is None else o if o.dtype == acc else scratch.take(f"gradient {k}", o.shape, acc, o.device)
@@ -194,7 +120,7 @@ def _forward(
     loss: str, a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, mask: Tensor | None,
     s0: float, s1: float, s2: float, flags: int, reduction: int, dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    formulas = _formulas[loss]
+    formulas = formulas_of(loss)
     operands = Operands((a, b, c, d), mask, broadcast_shape((a, b, c, d)))
     if triton:
         value, _ = formulas.kernels()
@@ -223,7 +149,7 @@ def _backward(
     grad: Tensor, kept: Tensor, s0: float, s1: float, s2: float, flags: int, reduction: int, needed: list[bool],
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    formulas = _formulas[loss]
+    formulas = formulas_of(loss)
     operands = Operands((a, b, c, d), mask, broadcast_shape((a, b, c, d)))
     scalars = (s0, s1, s2)
     if triton:
@@ -276,7 +202,7 @@ class Elementwise(torch.autograd.Function):
         operands = Operands((a, b, c, d), None, broadcast_shape((a, b, c, d)))
         saved = [torch.empty_like(a, dtype=torch.float32) for _ in range(saves)]
         scalars = s0, s1, s2
-        return *eager_forward(_formulas[loss], operands, scalars, flags, Reduction(reduction), dtype, saved), *saved
+        return *eager_forward(formulas_of(loss), operands, scalars, flags, Reduction(reduction), dtype, saved), *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -302,7 +228,7 @@ class Elementwise(torch.autograd.Function):
         elif saved:
             operands = Operands(tensors, None, a.shape)
             result = eager_backward(
-                _formulas[ctx.loss], operands, grad, kept, ctx.scalars, ctx.flags, Reduction(ctx.reduction), needed, saved
+                formulas_of(ctx.loss), operands, grad, kept, ctx.scalars, ctx.flags, Reduction(ctx.reduction), needed, saved
             )
         else:
             every = elementwise_backward(
@@ -317,33 +243,13 @@ def savable(loss: str, tensors: Sequence[Tensor | None], flags: int, reduction: 
     first = tensors[0]
     if first is None or reduction not in (Reduction.MEAN, Reduction.SUM, Reduction.BATCHMEAN):
         return 0
-    count = _formulas[loss].saves(flags)
+    count = formulas_of(loss).saves(flags)
     if not count or not torch.is_grad_enabled() or not unwatched(tensors):
         return 0
     given = [t for t in tensors if t is not None]
     fits = first.device.type == "cpu" and elementwise.arithmetic(given) == torch.float32
     alike = all(t.shape == first.shape for t in given) and any(t.requires_grad for t in given)
     return count if fits and alike else 0
-
-
-def reduced(
-    loss: str, tensors: Sequence[Tensor | None], mask: Tensor | None, scalars: Scalars, flags: int, reduction: Reduction
-) -> Tensor:
-    """The reference, masked and reduced: differentiable to any order."""
-    shape = broadcast_shape(tensors)
-    if mask is not None:
-        # Zeros in place of masked elements, whose NaN would otherwise reach the gradient.
-        tensors = [None if t is None else torch.where(mask, t, torch.zeros_like(t)) for t in tensors]
-    value = _formulas[loss].reference(*tensors, scalars, flags).expand(shape)
-    if mask is not None:
-        value = torch.where(mask, value, 0.0)
-    if reduction == Reduction.NONE:
-        return value
-    if reduction == Reduction.SAMPLE:
-        return value.flatten(1).sum(1) if value.dim() > 1 else value
-    if reduction == Reduction.MEAN and mask is not None:
-        return value.sum() / mask.expand(shape).sum()
-    return value.sum() / elementwise.divisor_of(reduction, shape)
 
 
 def apply(
@@ -361,6 +267,8 @@ def apply(
     """The loss by its operators, or ``by_reference`` under vmap and forward-mode AD, which cannot see through those."""
     if by_reference:
         return reduced(loss, tensors, mask, scalars, flags, reduction).to(dtype)
+    if not triton and mask is None and made.fits(tensors, reduction):
+        return made.apply((made.Part(loss, scalars, flags, reduction),), dtype, tensors)[0]
     saves = 0 if triton or mask is not None else savable(loss, tensors, flags, reduction)
     result, *_ = autograd.apply(Elementwise, loss, *tensors, mask, *scalars, flags, int(reduction), dtype, triton, saves)
     return result

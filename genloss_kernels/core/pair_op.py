@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import autograd, pair
 from .elementwise import Operands, arithmetic
-from .elementwise_op import eager_backward, eager_forward, formulas_of, reduced, savable
+from .elementwise_op import eager_backward, eager_forward, savable
+from .formulas import formulas_of, reduced
 from .library import register
 from .pair import Sum, Term
 from .reduction import Reduction

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.core import elementwise_op
+from genloss_kernels.core import formulas
 from genloss_kernels.core.launch import ELEMENTWISE_TILES
 from genloss_kernels.losses.binary_cross_entropy import api
 
@@ -27,7 +27,7 @@ bce = gk.binary_cross_entropy_with_logits
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our operators also where the built-in would be quicker, in blocks that a small test has several of."""
     monkeypatch.setattr(api, "BUILTIN_BELOW", 0)
-    monkeypatch.setattr(elementwise_op, "BLOCK_ELEMENTS", 2**7)
+    monkeypatch.setattr(formulas, "BLOCK_ELEMENTS", 2**7)
 
 
 def _oracle(

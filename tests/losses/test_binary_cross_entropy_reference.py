@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genloss_kernels.core.elementwise_op import reduced
+from genloss_kernels.core.formulas import reduced
 from genloss_kernels.core.reduction import Reduction
 from genloss_kernels.losses.binary_cross_entropy.reference import NAME, reference
 

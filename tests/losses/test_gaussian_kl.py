@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.core import elementwise, elementwise_op
+from genloss_kernels.core import elementwise, elementwise_op, formulas
 from genloss_kernels.core import reduction as reducing
 from genloss_kernels.core.launch import ELEMENTWISE_TILES, Tile
 from genloss_kernels.core.reduction import Reduction
@@ -28,7 +28,7 @@ NAMES = ("mu_q", "logvar_q", "mu_p", "logvar_p")
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our operators also where plain ones would be quicker, in blocks that a small test has several of."""
     monkeypatch.setattr(api, "PLAIN_BELOW", 0)
-    monkeypatch.setattr(elementwise_op, "BLOCK_ELEMENTS", 2**7)
+    monkeypatch.setattr(formulas, "BLOCK_ELEMENTS", 2**7)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.core.elementwise_op import reduced
+from genloss_kernels.core.formulas import reduced
 from genloss_kernels.core.reduction import Reduction
 from genloss_kernels.losses.gaussian_kl.reference import CLAMPED, FREE_BITS, GENERAL, NAME, expm1_excess, reference
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.core import elementwise, elementwise_op, pair
+from genloss_kernels.core import elementwise, formulas, pair
 from genloss_kernels.core.launch import ELEMENTWISE_TILES, Tile
 from genloss_kernels.losses.binary_cross_entropy import reference as binary
 
@@ -28,7 +28,7 @@ REDUCTIONS = ("batchmean", "none", "sum", "mean")
 @pytest.fixture(autouse=True)
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of which a small test has several."""
-    monkeypatch.setattr(elementwise_op, "BLOCK_ELEMENTS", 2**7)
+    monkeypatch.setattr(formulas, "BLOCK_ELEMENTS", 2**7)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.elementwise import arithmetic
-from ...core.elementwise_op import Scalars
+from ...core.formulas import Scalars
 
 # Values of the flags; kernels.py reads the same.
 LOGISTIC, SATURATING, SQUARES, HINGE, LINEAR, RELATIVISTIC = range(6)

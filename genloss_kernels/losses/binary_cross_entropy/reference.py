@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.formulas import Formulas, Scalars, register_formulas
 from ...core.scratch import Scratch
 
 NAME, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"

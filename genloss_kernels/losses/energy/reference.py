@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core.elementwise import arithmetic
-from ...core.elementwise_op import Scalars, by_slopes, register_formulas
+from ...core.formulas import Scalars, by_slopes, register_formulas
 
 NAME = "contrastive_divergence"
 

@@ -108,11 +108,12 @@ def gaussian_kl(
             dtype = torch.promote_types(dtype, tensor.dtype)
     result_dtype = loss_dtype(dtype, mu_q.device)
     chosen = Reduction.SAMPLE if capacity is not None else _REDUCTIONS[reduction]
+    scalars = (0.0 if free_bits is None else float(free_bits), float(low), float(high))
     result = elementwise_op.apply(
         NAME,
         tensors,
         None,
-        (0.0 if free_bits is None else float(free_bits), float(low), float(high)),
+        scalars,
         flags,
         chosen,
         result_dtype if capacity is None else accumulator(dtype),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.formulas import Formulas, Scalars, register_formulas
 from ...core.scratch import Scratch
 
 NAME = "gaussian_kl"
@@ -118,6 +118,9 @@ def _inverse_deviation(logvar: Tensor, out: Tensor | None = None) -> Tensor:
 # Mean excess above which the rounding of exp in fp64, 1e-16 an element, does not show in fp32.
 _PLAIN_ABOVE = 1e-6
 
+# Elements below which an operator less is worth more than a quicker exponential.
+_FEW = 2**13
+
 
 def total(
     mu_q: Tensor,
@@ -134,9 +137,11 @@ def total(
     if flags & FREE_BITS or wide or mu_q.device.type != "cpu":
         return value(mu_q, logvar_q, mu_p, logvar_p, scalars, flags, scratch).sum()
     v, square, inverse = _differences(mu_q, logvar_q, mu_p, logvar_p, scalars, flags, scratch)
-    growth = scratch.take("growth in fp64", v.shape, torch.float64, v.device)
-    excess = torch.mul(v, _LOG2_E, out=growth).exp2_().sub_(1.0).sum().item() - v.sum().item()
-    tiny = excess < _PLAIN_ABOVE * v.numel()
+    growth, excess = scratch.take("growth in fp64", v.shape, torch.float64, v.device), 0.0
+    tiny = v.numel() < _FEW
+    if not tiny:
+        excess = torch.mul(v, _LOG2_E, out=growth).exp2_().sub_(1.0).sum().item() - v.sum().item()
+        tiny = excess < _PLAIN_ABOVE * v.numel()
     if tiny:
         torch.expm1(v, out=growth)
     if saved:

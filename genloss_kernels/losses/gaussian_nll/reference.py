@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.elementwise import arithmetic
-from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.formulas import Formulas, Scalars, register_formulas
 from ...core.scratch import Scratch
 
 NAME = "gaussian_nll_loss"

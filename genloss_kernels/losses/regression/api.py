@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import backend, checks, elementwise_op
+from ...core import backend, checks, elementwise_op, made
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
 from . import reference
+
+# Elements on a CPU from which passes through memory cost more than the operators that made gradients take; huber_loss and
+# smooth_l1_loss take too many.
+MADE_FROM = {reference.L1: 2**17, reference.MSE: 2**20}
 
 # Below this many elements on a CPU weighted losses cost less by plain operators with autograd than over blocks.
 PLAIN_BELOW = 2**18
@@ -246,7 +251,7 @@ def _loss(
     Weights are never left to the built-in: that of ``l1_loss`` loses them under ``torch.compile`` in torch 2.13.
     """
     triton = backend.use_triton(input, target, weight)
-    if not triton and weight is None and _builtin_is_best(input, target):
+    if not triton and weight is None and _builtin_is_best(name, input, target, reduction):
         return builtin(input, target, reduction=reduction, **options)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
@@ -270,13 +275,14 @@ def _loss(
     return (loss / weight.sum(dtype=loss.dtype)).to(result) if by_weights and weight is not None else loss
 
 
-def _builtin_is_best(input: Tensor, target: Tensor) -> bool:
-    """On a CPU, where nothing is to be converted or, with a warning that was given already, broadcast."""
+def _builtin_is_best(name: str, input: Tensor, target: Tensor, reduction: str) -> bool:
+    """On a CPU, unless operands are to be converted, or broadcast with the warning that was given, or many are summed."""
     return (
         input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
         and input.dtype == target.dtype
         and input.shape == target.shape
+        and not (input.numel() >= MADE_FROM.get(name, math.inf) and made.fits((input, target), _REDUCTIONS[reduction]))
     )
 
 

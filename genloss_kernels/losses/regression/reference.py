@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.elementwise import arithmetic
-from ...core.elementwise_op import Formulas, Scalars, register_formulas
+from ...core.formulas import Formulas, Scalars, register_formulas
 from ...core.scratch import Scratch
 
 MSE, L1, SMOOTH_L1, HUBER = "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"
@@ -71,25 +71,30 @@ def _huber_kernels() -> tuple[object, object]:
     return kernels.huber_value, kernels.huber_gradient
 
 
-def _mse_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
-    return torch.mul(difference, 2.0, out=out)
+def _mse_slope(difference: Tensor, scalars: Scalars, grad: Tensor | float, out: Tensor) -> Tensor:
+    return torch.mul(difference, 2.0 * grad, out=out)
 
 
-def _l1_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
-    return torch.sign(difference, out=out)
+def _l1_slope(difference: Tensor, scalars: Scalars, grad: Tensor | float, out: Tensor) -> Tensor:
+    return torch.sign(difference, out=out).mul_(grad)
 
 
-def _huber_slope(difference: Tensor, scalars: Scalars, out: Tensor) -> Tensor:
+def _huber_slope(difference: Tensor, scalars: Scalars, grad: Tensor | float, out: Tensor) -> Tensor:
     threshold, _, curvature = scalars
-    return torch.clamp(difference, -threshold, threshold, out=out).mul_(curvature)
+    return torch.clamp(difference, -threshold, threshold, out=out).mul_(curvature * grad)
 
 
 def _formulas(
     kernels: Callable[[], tuple[Any, Any]],
     reference: Callable[..., Tensor],
-    slope: Callable[[Tensor, Scalars, Tensor], Tensor],
+    slope: Callable[[Tensor, Scalars, Tensor | float, Tensor], Tensor],
+    of_difference: Callable[..., Tensor] | None = None,
 ) -> Formulas:
-    """Formulas of a loss of the difference whose ``slope`` is its derivative; each block is converted once each way."""
+    """Formulas of a loss of the difference; each block is converted once each way.
+
+    ``slope`` is its derivative times the upstream gradient, and ``of_difference`` the loss of a difference, where that is
+    one operator.
+    """
 
     def cast(x: Tensor, t: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
         dtype = arithmetic((x, t, weight))
@@ -132,7 +137,7 @@ def _formulas(
         if first is None:
             return
         difference = torch.sub(x, t, out=scratch.take("difference", x.shape, x.dtype, x.device))
-        slope(difference, scalars, first).mul_(grad)
+        slope(difference, scalars, grad, first)
         if weight is not None:
             first.mul_(weight)
         if dx is None:
@@ -140,10 +145,32 @@ def _formulas(
         elif dt is not None:
             torch.neg(first, out=dt)
 
-    return Formulas(kernels, reference, value, total, gradient)
+    def both(
+        x: Tensor,
+        t: Tensor,
+        weight: Tensor | None,
+        _: Tensor | None,
+        scalars: Scalars,
+        flags: int,
+        scratch: Scratch,
+        grad: Tensor | float,
+        outputs: Sequence[Tensor | None],
+    ) -> Tensor:
+        dx, dt, *_rest = outputs
+        if of_difference is None or dx is None or weight is not None:
+            gradient(x, t, weight, None, scalars, flags, scratch, grad, outputs)
+            return total(x, t, weight, None, scalars, flags, scratch)
+        torch.sub(x, t, out=dx)
+        found = of_difference(dx, out=scratch.take("value", dx.shape, dx.dtype, dx.device)).sum()
+        slope(dx, scalars, grad, dx)
+        if dt is not None:
+            torch.neg(dx, out=dt)
+        return found
+
+    return Formulas(kernels, reference, value, total, gradient, both=both)
 
 
-register_formulas(MSE, _formulas(_mse_kernels, mse, _mse_slope))
-register_formulas(L1, _formulas(_l1_kernels, l1, _l1_slope))
+register_formulas(MSE, _formulas(_mse_kernels, mse, _mse_slope, torch.square))
+register_formulas(L1, _formulas(_l1_kernels, l1, _l1_slope, torch.abs))
 register_formulas(SMOOTH_L1, _formulas(_huber_kernels, smooth_l1, _huber_slope))
 register_formulas(HUBER, _formulas(_huber_kernels, huber, _huber_slope))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core import backend, checks, pair_op
+from ...core import backend, checks, made, pair_op
 from ...core.layout import broadcast_shape
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
-from ..binary_cross_entropy.api import binary_cross_entropy_with_logits
 from ..binary_cross_entropy.reference import NAME as BINARY
 from ..binary_cross_entropy.reference import PLAIN as PLAIN_BINARY
 from ..binary_cross_entropy.reference import PROBABILITIES
-from ..gaussian_kl.api import gaussian_kl
 from ..gaussian_kl.reference import FREE_BITS
 from ..gaussian_kl.reference import NAME as GAUSSIAN
-from ..regression.api import l1_loss, mse_loss
 from ..regression.reference import L1, MSE
 
 # Formulas of each reconstruction loss, and their flags.
@@ -28,13 +24,6 @@ _RECONSTRUCTION = {
     "l1": (L1, 0),
     "bce": (PROBABILITIES, 0),
     "bce_with_logits": (BINARY, PLAIN_BINARY),
-}
-
-# The same as losses of their own.
-_PARTS: dict[str, Callable[..., Tensor]] = {
-    "mse": mse_loss,
-    "l1": l1_loss,
-    "bce_with_logits": binary_cross_entropy_with_logits,
 }
 
 _REDUCTIONS = {
@@ -139,11 +128,14 @@ def vae_loss(
     )
     first = Term(name, recon, target, 0.0, flags)
     second = Term(GAUSSIAN, mu, logvar, float(free_bits or 0.0), 0 if free_bits is None else FREE_BITS)
-    if not triton and recon_loss in _PARTS and _parts_are_best(tensors, rule):
-        divisors = rule.divisors(first, second)
-        part = _PARTS[recon_loss](recon, target, reduction="sum") / divisors[0]
-        kl = gaussian_kl(mu, logvar, reduction="sum", free_bits=free_bits) / divisors[1]
-        return VAELossOutput(part + (rule.beta if rule.beta_tensor is None else rule.beta_tensor.to(dtype)) * kl, part, kl)
+    terms = first.operands, second.operands
+    fits = capacity is None and recon.dtype == mu.dtype and all(made.fits(t, rule.reduction) for t in terms)
+    if not triton and fits:
+        parts = tuple(
+            made.Part(term.loss, (term.s0, 0.0, 0.0), term.flags, rule.reduction, factor)
+            for term, factor in zip((first, second), (1.0, float(beta)), strict=True)
+        )
+        return VAELossOutput(*made.apply(parts, dtype, (*terms[0], *terms[1])))
     return VAELossOutput(
         *pair_op.apply(
             first,
@@ -154,14 +146,6 @@ def vae_loss(
             by_reference=not triton and backend.composite(*tensors, rule.beta_tensor),
         )
     )
-
-
-def _parts_are_best(tensors: tuple[Tensor, ...], rule: Sum) -> bool:
-    """On a CPU, where the terms' own losses choose by size between torch's built-ins and blocks, and round nothing."""
-    if tensors[0].device.type != "cpu" or rule.reduction == Reduction.SAMPLE or rule.capacity is not None:
-        return False
-    dtypes = {t.dtype for t in tensors}
-    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and backend.plain(*tensors)
 
 
 def _check(

@@ -1,0 +1,136 @@
+"""Reduced losses on the CPU whose gradients are made in the forward, while a block of the operands is in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .elementwise import arithmetic, divisor_of
+from .formulas import Scalars, blocks, formulas_of, reduced
+from .library import unwatched
+from .reduction import Reduction
+from .scratch import Scratch
+
+
+class Part(NamedTuple):
+    """A term of a loss: an elementwise loss by the name of its formulas, reduced, and the factor that it has in the sum."""
+
+    loss: str
+    scalars: Scalars
+    flags: int
+    reduction: Reduction
+    factor: float = 1.0
+
+
+_OPERANDS = 4
+_NOTHING = (False,) * _OPERANDS
+_DTYPES = (torch.float32, torch.float64)
+_REDUCTIONS = (Reduction.MEAN, Reduction.SUM, Reduction.BATCHMEAN)
+
+
+def fits(tensors: Sequence[Tensor | None], reduction: Reduction) -> bool:
+    """Whether a term on these operands, on the eager path, can make its gradients, and would have a use for them.
+
+    Not in half precision, in which they would be rounded before an upstream gradient is known, and once more after.
+    """
+    first, *others = (t for t in tensors if t is not None)
+    return (
+        first.device.type == "cpu"
+        and first.dtype in _DTYPES
+        and reduction in _REDUCTIONS
+        and first.numel() > 0
+        and all(t.dtype == first.dtype and t.shape == first.shape for t in others)
+        and unwatched(tensors)
+        and backend.plain(*tensors)
+    )
+
+
+def _make(part: Part, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[float, list[Tensor | None]]:
+    """The reduced term and its gradients at an upstream gradient of 1."""
+    first = tensors[0]
+    assert first is not None
+    formulas, scratch, divisor = formulas_of(part.loss), Scratch(), divisor_of(part.reduction, first.shape)
+    gradients = [torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)]
+    count = formulas.saves(part.flags) if arithmetic(tensors) == torch.float32 else 0
+    total = 0.0
+    for a, b, c, d, *outputs in blocks([*tensors, *gradients], first.shape, by_sample=False):
+        assert a is not None
+        arguments = (a, b, c, d, part.scalars, part.flags, scratch)
+        if formulas.both is not None:
+            total += float(formulas.both(*arguments, 1.0 / divisor, outputs))
+            continue
+        saved = [scratch.take(f"saved {k}", a.shape, torch.float32, a.device) for k in range(count)]
+        total += float(formulas.total(*arguments, saved))
+        formulas.gradient(*arguments, 1.0 / divisor, outputs, saved)
+    return total / divisor, gradients
+
+
+class MadeInForward(torch.autograd.Function):
+    """The sum of terms and, where there are several, each of them; the first backward hands over what the forward made."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: tuple[Part, ...], dtype: torch.dtype, learn: bool, *tensors: Tensor | None) -> Any:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.parts = parts
+        terms = [(part, given, needed if learn else _NOTHING) for part, given, needed in _terms(ctx, tensors)]
+        made = [_make(*term) for term in terms]
+        ctx.made = [gradient for _, gradients in made for gradient in gradients]
+        values = [value for value, _ in made]
+        loss = sum(part.factor * value for part, value in zip(parts, values, strict=True))
+        results = [torch.tensor(value, dtype=dtype) for value in ((loss, *values) if len(parts) > 1 else (loss,))]
+        ctx.mark_non_differentiable(*(r for r, term in zip(results[1:], terms, strict=False) if not any(term[2])))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            return None, None, None, *_differentiable(ctx.parts, tensors, needed, upstreams)
+        made, ctx.made = ctx.made, None
+        if made is None:
+            made = [gradient for given in _terms(ctx, tensors) for gradient in _make(*given)[1]]
+        of_sum, *own = (None if g is None else g.item() for g in upstreams)
+        result: list[Tensor | None] = []
+        for k, part in enumerate(ctx.parts):
+            asked = [] if of_sum is None else [of_sum * part.factor]
+            asked += [] if not own or own[k] is None else [own[k]]
+            gradients = made[k * _OPERANDS :][:_OPERANDS]
+            # A term of which nothing was asked gets no gradient, rather than a 0 that infinities would make NaN.
+            result += [_scaled(g, sum(asked)) if g is not None and asked else None for g in gradients]
+        return None, None, None, *result
+
+
+def _terms(ctx: Any, tensors: Sequence[Tensor | None]) -> list[tuple[Part, Sequence[Tensor | None], Sequence[bool]]]:
+    places = [slice(k * _OPERANDS, (k + 1) * _OPERANDS) for k in range(len(ctx.parts))]
+    needed = ctx.needs_input_grad[3:]
+    return [(part, tensors[place], needed[place]) for part, place in zip(ctx.parts, places, strict=True)]
+
+
+def _scaled(gradient: Tensor, factor: float) -> Tensor:
+    return gradient if factor == 1.0 else gradient.mul_(factor)
+
+
+def _differentiable(
+    parts: Sequence[Part], tensors: Sequence[Tensor | None], needed: Sequence[bool], upstreams: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    values = [
+        reduced(part.loss, tensors[k * _OPERANDS :][:_OPERANDS], None, part.scalars, part.flags, part.reduction)
+        for k, part in enumerate(parts)
+    ]
+    loss = torch.stack([part.factor * value for part, value in zip(parts, values, strict=True)]).sum()
+    given = [(v, g.to(v.dtype)) for v, g in zip((loss, *values), upstreams, strict=False) if g is not None]
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
+    found = iter(
+        torch.autograd.grad([v for v, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if need else None for need in needed]
+
+
+def apply(parts: tuple[Part, ...], dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Loss, and of several ``parts`` each term; ``tensors`` are four operands for each part."""
+    return MadeInForward.apply(parts, dtype, torch.is_grad_enabled(), *tensors)  # pyright: ignore[reportReturnType]
