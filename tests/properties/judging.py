@@ -142,10 +142,10 @@ def _results(
     found = _named(function(**arguments))
     results = {name: result.detach() for name, result in found.items()}
     leaves = [arguments[name] for name in recipe.learned]
-    asked = [result for result in found.values() if result.requires_grad]
     if not leaves:
         return results
-    upstreams = [recipe.upstream_of(result, place) for place, result in enumerate(asked)]
+    upstreams = [recipe.upstream_of(result, place) for place, result in enumerate(found.values()) if result.requires_grad]
+    asked = [result for result in found.values() if result.requires_grad]
     gradients: list[tuple[Tensor | None, ...]] = [(None,) * len(leaves)]
     if asked:
         gradients = [

@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Of normal numbers: among them equal ones, close ones, and ones that leave a softmax one class.
 SCALES = (1.0, 0.0, 2.0**-10, 4.0, 32.0)
-OFFSETS = (0.0, 0.0, 100.0, -100.0)
+OFFSETS = (0.0, 0.0, 40.0, -40.0)
 
 
 @dataclass(frozen=True)
