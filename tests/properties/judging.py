@@ -93,10 +93,11 @@ def judge(loss: Loss, recipe: Recipe, device: torch.device, variant: Callable[..
     kept = {name: _bits(t) for name, t in arguments.items() if isinstance(t, Tensor)}
     with gk.testing.count_launches() as launches:
         ours = _results(variant or loss.function, arguments, recipe, again=True)
-    assert launches or gk.core.backend.current() != "triton" or _empty(arguments), "no kernel was launched"
+    assert launches or gk.core.backend.current() != "triton" or empty(arguments), "no kernel was launched"
     for name, bits in kept.items():
         assert torch.equal(_bits(arguments[name]), bits), f"{name} was written to"
     dtype = _promoted(arguments, loss.typed)
+    arithmetic = torch.promote_types(_promoted(arguments, loss.typed if loss.precise else loss.typed[:1]), torch.float32)
     judged = loss.judge.get(dtype, torch.float32)
     every = [
         [_results(loss.oracle, recipe.arguments(device, draw), recipe, dtype=d) for draw in range(POPULATION)]
@@ -109,12 +110,11 @@ def judge(loss: Loss, recipe: Recipe, device: torch.device, variant: Callable[..
             assert result in (exact[0], own[0]), f"{name} is {result}, not {exact[0]}"
             continue
         of = name.removeprefix("gradient of ")
-        assert result.dtype == (arguments[of].dtype if of != name else dtype) or name in _STATISTICS, f"{name}: {result.dtype}"
-        if not loss.precise and result.dtype == torch.float64:
-            result = result.to(torch.promote_types(arguments[loss.typed[0]].dtype, torch.float32))
-        rest = [e.to(result.dtype) for e in exact[1:]]
-        expected, like = torch.stack(exact), torch.stack(own)
-        gk.testing.assert_close(torch.stack([result, *rest]), expected, like, name, products=loss.products)
+        wanted = arguments[of].dtype if of != name else arithmetic if name in _STATISTICS else dtype
+        assert result.dtype == wanted, f"{name} is {result.dtype}, not {wanted}"
+        compared = arithmetic if result.dtype == torch.float64 else result.dtype
+        every_draw = torch.stack([(result if draw == 0 else e).to(compared) for draw, e in enumerate(exact)])
+        gk.testing.assert_close(every_draw, torch.stack(exact), torch.stack(own), name, products=loss.products)
 
 
 _STATISTICS = ("lse", "log_prob", "entropy")
@@ -183,7 +183,7 @@ def _promoted(arguments: dict[str, Any], names: tuple[str, ...]) -> torch.dtype:
     return dtype
 
 
-def _empty(arguments: dict[str, Any]) -> bool:
+def empty(arguments: dict[str, Any]) -> bool:
     return any(isinstance(t, Tensor) and not t.numel() for t in arguments.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +110,9 @@ class Layout:
     def place(self, content: Tensor) -> Tensor:
         """A copy of ``content``; what lies between its elements must not be read, and is no number or label."""
         sizes = [content.size(d) * self.steps[d] for d in self.order]
-        nothing = math.nan if content.is_floating_point() else torch.iinfo(content.dtype).max if content.dtype != torch.bool else 0
+        nothing = math.nan
+        if not content.is_floating_point():
+            nothing = 0 if content.dtype == torch.bool else torch.iinfo(content.dtype).max
         memory = content.new_full((math.prod(sizes) + self.offset,), nothing)[self.offset :].view(sizes)
         memory = memory[tuple(slice(None, None, self.steps[d]) for d in self.order)]
         return memory.permute([self.order.index(d) for d in range(len(self.order))]).copy_(content)
@@ -130,15 +133,23 @@ class Operand:
 
 @st.composite
 def operands(
-    draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, values: Values | None = None, *, expandable: bool = True
+    draw: st.DrawFn,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    values: Values | None = None,
+    *,
+    expandable: Container[int] = range(8),
 ) -> Operand:
-    """An operand in a drawn layout, half of the time a dense one; normal numbers of a drawn size unless told."""
+    """An operand in a drawn layout, half of the time a dense one; normal numbers of a drawn size unless told.
+
+    ``expandable`` are the dimensions that may hold one element all along.
+    """
     if values is None:
         values = draw(normal())
     axes = tuple(range(len(shape)))
     layout = Layout(axes, (1,) * len(shape), (False,) * len(shape), 0)
     if draw(st.booleans()):
-        expanded = tuple(expandable and n > 0 and draw(st.integers(0, 5)) == 5 for n in shape)
+        expanded = tuple(d in expandable and shape[d] > 0 and draw(st.integers(0, 5)) == 5 for d in axes)
         steps = tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in shape)
         layout = Layout(tuple(draw(st.permutations(axes))), steps, expanded, draw(st.sampled_from((0, 1, 3))))
     return Operand(shape, dtype, values, layout)

@@ -60,9 +60,12 @@ def narrower(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if draw(st.integers(0, 2)) == 2 else n for n in shape[first:])
 
 
+Among = tuple[torch.dtype, ...] | None
+
+
 @st.composite
-def dtypes(draw: st.DrawFn, count: int) -> tuple[torch.dtype, ...]:
-    """Mostly one for all."""
-    if draw(st.integers(0, 3)) == 3:
+def dtypes(draw: st.DrawFn, count: int, among: Among = None) -> tuple[torch.dtype, ...]:
+    """Mostly one for all; of those ``among`` which to choose always one."""
+    if among is None and draw(st.integers(0, 3)) == 3:
         return tuple(draw(st.sampled_from(DTYPES)) for _ in range(count))
-    return (draw(st.sampled_from(DTYPES)),) * count
+    return (draw(st.sampled_from(among or DTYPES)),) * count

@@ -7,22 +7,19 @@ import os
 from collections import Counter
 from pathlib import Path
 
-# Where a run leaves its figures, for the report.
-TALLY = "GENLOSS_TALLY"
+# Environment: examples of each property, of which a loss's values and gradients take half on one block and half on several;
+# and the file to which a run appends its figures.
+EXAMPLES, TALLY = "GENLOSS_EXAMPLES", "GENLOSS_TALLY"
 
-# Examples of each property; a loss's values and gradients have as many, half of them wider than a block.
-EXAMPLES = int(os.environ.get("GENLOSS_EXAMPLES", "0"))
+# Kinds of examples, and tests that failed.
+NARROW, WIDE, INVARIANT, FAILED = "within a block", "wider than a block", "invariant", "failed"
 
 
 class Tally:
     def __init__(self) -> None:
-        self.held: Counter[str] = Counter()
-
-    def add(self, *what: str) -> None:
-        self.held[json.dumps(what)] += 1
+        self.held: Counter[tuple[str, str, str]] = Counter()
 
     def save(self) -> None:
         if TALLY in os.environ:
-            lines = [json.dumps([*json.loads(what), count]) for what, count in self.held.items()]
             with Path(os.environ[TALLY]).open("a") as file:
-                file.writelines(f"{line}\n" for line in lines)
+                file.writelines(f"{json.dumps([*what, count])}\n" for what, count in self.held.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ import genloss_kernels as gk
 
 from . import oracles
 from .judging import WIDTHS, Loss, Recipe, recipes
-from .operands import DTYPES, Values, operands
-from .shapes import dtypes, narrower, shapes
+from .operands import Values, operands
+from .shapes import Among, dtypes, narrower, shapes
 
 NAMES = ("mu_q", "logvar_q", "mu_p", "logvar_p")
 
@@ -26,11 +27,9 @@ MEANS = st.builds(Values, st.just("normal"), st.sampled_from((1.0, 0.0, 4.0)), s
 
 
 @st.composite
-def _divergence(
-    draw: st.DrawFn, wide: bool, general: bool, among: tuple[torch.dtype, ...] | None = None, **fixed: Any
-) -> Recipe:
+def _divergence(draw: st.DrawFn, wide: bool, general: bool, among: Among = None, **fixed: Any) -> Recipe:
     shape = draw(shapes(wide=wide, least=1))
-    kinds = draw(dtypes(4)) if among is None else (draw(st.sampled_from(among)),) * 4
+    kinds = draw(dtypes(4, among))
     whole = draw(st.sampled_from(NAMES[:2]))
     given = {}
     for name, dtype in list(zip(NAMES, kinds, strict=True))[: 4 if general else 2]:
@@ -101,4 +100,83 @@ LOSSES = {
 @WIDTHS
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradients(name: str, wide: bool, hold: Callable[..., None]) -> None:
-    hold(name, LOSSES[name], wide=wide, share=2)
+    hold(name, LOSSES[name], wide=wide)
+
+
+def _mirrored(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None = None, **rest: Any) -> Tensor:
+    return gk.gaussian_kl(-mu_q, logvar_q, None if mu_p is None else -mu_p, **rest)
+
+
+def _against_zeros(mu_q: Tensor, logvar_q: Tensor, **rest: Any) -> Tensor:
+    """The standard normal, spelled out."""
+    return gk.gaussian_kl(mu_q, logvar_q, torch.zeros_like(mu_q), torch.zeros_like(logvar_q), **rest)
+
+
+def _by_sample(mu_q: Tensor, logvar_q: Tensor, **rest: Any) -> Tensor:
+    """No divergence is below a capacity of 0."""
+    if rest["capacity"] is not None or rest["reduction"] in ("none", "mean"):
+        return gk.gaussian_kl(mu_q, logvar_q, **rest)
+    return gk.gaussian_kl(mu_q, logvar_q, **rest | {"capacity": 0.0})
+
+
+def _samples_permuted(mu_q: Tensor, logvar_q: Tensor, **rest: Any) -> Tensor:
+    mu_q, logvar_q = torch.broadcast_tensors(mu_q, logvar_q)
+    order = torch.randperm(mu_q.size(0), generator=torch.Generator().manual_seed(mu_q.size(0))).to(mu_q.device)
+    found = gk.gaussian_kl(mu_q[order], logvar_q[order], **rest)
+    return found[order.argsort()] if rest["reduction"] == "none" else found
+
+
+def _by_the_other_reductions(mu_q: Tensor, logvar_q: Tensor, **rest: Any) -> Tensor:
+    """The means by the sum, and the sum by the elements."""
+    reduction, shape = rest.pop("reduction"), torch.broadcast_shapes(mu_q.shape, logvar_q.shape)
+    if reduction in ("none", "sum"):
+        found = gk.gaussian_kl(mu_q, logvar_q, **rest, reduction="none")
+        return found.sum() if reduction == "sum" else found
+    samples = reduction == "batchmean" or rest["capacity"] is not None
+    return gk.gaussian_kl(mu_q, logvar_q, **rest, reduction="sum") / (shape[0] if samples else shape.numel())
+
+
+def _likelihood_mirrored(input: Tensor, target: Tensor, var: Tensor | float, **rest: Any) -> Tensor:
+    return gk.gaussian_nll_loss(-input, -target, var, **rest)
+
+
+def _with(name: str, **fixed: Any) -> Loss:
+    loss = LOSSES[name]
+    return replace(loss, recipes=lambda wide: loss.recipes(wide, **fixed))
+
+
+_STANDARD, _GENERAL, _LIKELIHOOD = LOSSES
+
+# Ways to the same numbers.
+INVARIANTS: dict[str, tuple[str, Loss, Callable[..., Tensor]]] = {
+    "mirrored means": (_GENERAL, LOSSES[_GENERAL], _mirrored),
+    "standard normal given": (_STANDARD, LOSSES[_STANDARD], _against_zeros),
+    "no capacity": (_STANDARD, LOSSES[_STANDARD], _by_sample),
+    "permuted samples": (_STANDARD, LOSSES[_STANDARD], _samples_permuted),
+    "reductions": (_STANDARD, _with(_STANDARD, among=(torch.float32, torch.float64)), _by_the_other_reductions),
+    "mirrored sample": (_LIKELIHOOD, LOSSES[_LIKELIHOOD], _likelihood_mirrored),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANTS)
+def test_invariant(name: str, hold: Callable[..., None]) -> None:
+    loss_name, loss, variant = INVARIANTS[name]
+    hold(loss_name, loss, wide=True, variant=variant)
+
+
+_EACH = {"reduction": st.just("none"), "free_bits": st.none(), "capacity": st.none(), "logvar_clamp": st.none()}
+
+
+@pytest.mark.parametrize("name", [_STANDARD, _GENERAL])
+def test_no_divergence_is_negative(name: str, explore: Callable[..., None]) -> None:
+    explore(name, _with(name, **_EACH), lambda arguments: bool((gk.gaussian_kl(**arguments) >= 0.0).all()))
+
+
+def test_divergence_from_itself_is_0(explore: Callable[..., None]) -> None:
+    def check(arguments: dict[str, Any]) -> bool:
+        q = [arguments[name].requires_grad_() for name in NAMES[:2]]
+        kl = gk.gaussian_kl(*q, *(t.detach() for t in q), reduction="none")
+        gradients = torch.autograd.grad(kl.sum(), q)
+        return not kl.any() and not any(g.any() for g in gradients)
+
+    explore(_STANDARD, _with(_STANDARD, **_EACH), check)
