@@ -91,7 +91,10 @@ def test_corners_are_torchs(path, device, dtype, loss, threshold):
 def test_gradient_of_learned_weights_in_half_precision_is_rounded_once(path, device, loss):
     """A weighted mean's is (the element's loss - the mean) / the sum of weights; rounded first, these two lose it."""
     x, t, weight = (torch.rand(65, device=device).bfloat16() + offset for offset in (4.0, 0.0, 0.25))
-    grads = [_run(f, (x.to(d), t.to(d), weight.to(d)), "mean")[1] for f, d in zip(_pair(loss), (x.dtype, torch.float64), strict=True)]
+    grads = [
+        _run(f, (x.to(d), t.to(d), weight.to(d)), "mean")[1]
+        for f, d in zip(_pair(loss), (x.dtype, torch.float64), strict=True)
+    ]
     (*_, found), (*_, exact) = grads
     (*_, usual) = _run(getattr(F, loss), (x.float(), t.float(), weight.float()), "mean")[1]
     assert_close(found, exact, like=usual)

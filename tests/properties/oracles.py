@@ -80,14 +80,14 @@ def linear_cross_entropy(
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | float = 1.0,
+    weight: Tensor | None = None,
     reduction: str = "mean",
-    pos_weight: Tensor | float = 1.0,
+    pos_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     t = (1.0 - label_smoothing) * target + 0.5 * label_smoothing
-    values = weight * (pos_weight * t * F.softplus(-input, threshold=80.0) + (1.0 - t) * F.softplus(input, threshold=80.0))
+    values = F.binary_cross_entropy_with_logits(input, t, weight, pos_weight=pos_weight, reduction="none")
     kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand(values.shape)
     return _reduced(torch.where(kept, values, 0.0), reduction, kept.sum())
 

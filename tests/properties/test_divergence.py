@@ -17,7 +17,7 @@ import genloss_kernels as gk
 from genloss_kernels.testing import tolerance
 
 from . import oracles
-from .judging import WIDTHS, Loss, Recipe, recipes, vanishes
+from .judging import WIDTHS, Loss, Recipe, recipes, vanish
 from .operands import SCALES, Values, normal, operands
 from .shapes import Among, dtypes, narrower, row_shapes, shapes
 
@@ -238,8 +238,10 @@ def test_gradients_of_rows_sum_to_0(name: str, explore: Callable[..., None]) -> 
 
     def check(arguments: dict[str, Any]) -> bool:
         leaves = [arguments[operand].requires_grad_() for operand in loss.typed]
-        for gradient in torch.autograd.grad(loss.function(**arguments).sum(), leaves):
-            vanishes(gradient.sum(-1, dtype=torch.float64), gradient)
-        return True
+        temperature = arguments.get("temperature", 1.0)
+        # Probabilities times differences of logarithms, as large as those of the logits.
+        size = temperature + 2.0 * sum(x.detach().double().abs().max().item() if x.numel() else 0.0 for x in leaves)
+        gradients = torch.autograd.grad(loss.function(**arguments | {"reduction": "none"}).sum(), leaves)
+        return all(vanish(gradient, temperature * size) for gradient in gradients)
 
     explore(name, loss, check)

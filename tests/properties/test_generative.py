@@ -158,6 +158,7 @@ def _of_parts(
         batch = reduction == "batchmean"
         part = function(recon, target, reduction="sum" if batch else reduction) / (recon.size(0) if batch else 1)
         kl = gk.gaussian_kl(mu, logvar, reduction=reduction, **bits)
+    beta = beta.to(kl.dtype) if isinstance(beta, Tensor) else beta
     return {"loss": part + beta * kl, "recon": part, "kl": kl}
 
 
