@@ -54,8 +54,8 @@ def _table(figures: Figures) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.properties", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--examples", type=int, default=500, help="of each property, on the eager path")
-    parser.add_argument("--kernel-examples", type=int, default=100, help="of each property, by interpreted kernels")
+    parser.add_argument("--examples", type=int, default=500, help="of each loss on the eager path")
+    parser.add_argument("--kernel-examples", type=int, default=100, help="of each loss by interpreted kernels")
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

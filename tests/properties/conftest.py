@@ -20,7 +20,7 @@ from .judging import Loss, Recipe, empty, judge
 from .tally import EXAMPLES, FAILED, INVARIANT, NARROW, WIDE, Tally
 
 # Few where nobody asks for more, so that a suite of tests stays quick, and then the same ones each time.
-_FEW = 4 if INTERPRETED else 20
+_FEW = 4 if INTERPRETED else 24
 _ASKED = int(os.environ.get(EXAMPLES, "0"))
 
 PROFILE = settings(
@@ -78,7 +78,7 @@ def hold(path: str, device: torch.device, tally: Tally) -> Callable[..., None]:
 
     def run(name: str, loss: Loss, *, wide: bool, variant: Callable[..., Any] | None = None) -> None:
         kind = INVARIANT if variant is not None else WIDE if wide else NARROW
-        examples = PROFILE.max_examples // (1 if kind == INVARIANT else 2)
+        examples = max(1, PROFILE.max_examples // (4 if kind == INVARIANT else 2))
         with _counted(tally, name, path, kind, examples) as held:
 
             @settings(PROFILE, max_examples=examples)
@@ -100,9 +100,10 @@ def explore(path: str, device: torch.device, tally: Tally) -> Callable[..., None
     """Check something of a loss on drawn arguments, some of them wider than a block."""
 
     def run(name: str, loss: Loss, check: Callable[[dict[str, Any]], bool]) -> None:
-        with _counted(tally, name, path, INVARIANT, PROFILE.max_examples) as held:
+        examples = max(1, PROFILE.max_examples // 4)
+        with _counted(tally, name, path, INVARIANT, examples) as held:
 
-            @PROFILE
+            @settings(PROFILE, max_examples=examples)
             @given(drawn=st.booleans().flatmap(lambda wide: st.tuples(loss.recipes(wide), st.just(wide))), **ROUTES)
             def holds(drawn: tuple[Recipe, bool], shares: int, built_ins: bool) -> None:
                 recipe, wide = drawn

@@ -7,14 +7,16 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from genloss_kernels.core.backend import INTERPRETED
+
 from .blocks import ELEMENTS
 from .operands import DTYPES
 
 _SIZES = (2, 1, 3, 4, 5, 7, 8, 0)
 _WIDE_SIZES = (2, 1, 3, 5, 8, 16, 17, 31, 64, 65, 129)
 
-# Elements of the largest tensor that is drawn.
-_MOST = 700
+# Elements of the largest tensor that is drawn, and classes: the interpreter takes a millisecond a program.
+_MOST, _MOST_CLASSES = (150, 129) if INTERPRETED else (700, 200)
 
 
 @st.composite
@@ -40,7 +42,7 @@ def class_shapes(draw: st.DrawFn, *, wide: bool, most: int = 2) -> tuple[int, ..
             return (n_classes,)
         rest = draw(st.lists(st.sampled_from((2, 1, 3, 4, 0)), max_size=most))
         return draw(st.sampled_from((2, 1, 3, 5, 0))), n_classes, *rest
-    n_classes = draw(st.sampled_from((17, 1, 2, 3, 5, 8, 33, 64, 65, 129, 200)))
+    n_classes = draw(st.sampled_from([n for n in (17, 1, 2, 3, 5, 8, 33, 64, 65, 129, 200) if n <= _MOST_CLASSES]))
     rest = draw(st.lists(st.sampled_from((2, 1, 3, 4)), max_size=most if n_classes < 65 else 1))
     inner = n_classes * math.prod(rest)
     return max(2 * ELEMENTS // inner, 1) + draw(st.integers(1, 3)), n_classes, *rest

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-# Environment: examples of each property, of which a loss's values and gradients take half on one block and half on several;
+# Environment: examples of each loss, half of them on one block and half on several, and a quarter as many of each invariant;
 # and the file to which a run appends its figures.
 EXAMPLES, TALLY = "GENLOSS_EXAMPLES", "GENLOSS_TALLY"
 
