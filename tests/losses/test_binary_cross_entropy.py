@@ -183,6 +183,15 @@ def test_option(path: str, name: str, reduction: str) -> None:
     check(bce, _oracle, _arguments(aligned(33, 51), reduction=reduction, **options[name]), ("input", "target"))
 
 
+def test_gradient_of_the_target_keeps_its_digits_at_small_logits(path: str) -> None:
+    """It is -x as torch's, and not the difference of two logarithms."""
+    x = aligned(33, 51) * 2.0**-10
+    check(bce, _oracle, _arguments(x, reduction="none", label_smoothing=0.125, weight=_weights(51)), ("target",))
+    target = torch.rand(33, 51).requires_grad_()
+    (slope,) = torch.autograd.grad(bce(x, target, reduction="sum", pos_weight=torch.ones(51)), target)
+    assert torch.equal(slope, -x)
+
+
 def test_only_the_target_has_a_gradient(path: str) -> None:
     check(bce, _oracle, _arguments(aligned(33, 51), label_smoothing=0.2, weight=_weights(51)), ("target",))
 

@@ -59,6 +59,14 @@ def test_values_worked_by_hand() -> None:
         assert _rows(student, teacher, Options(kind)).item() == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.875])
+@pytest.mark.parametrize("kind", [Kind.FORWARD_KL, Kind.REVERSE_KL, Kind.JS])
+def test_equal_logits_give_0(kind: Kind, beta: float) -> None:
+    """Nothing at all, where logaddexp gave a mixture that was off by a last place."""
+    logits = _logits(20, 17)
+    assert not _rows(logits, logits.clone(), Options(kind, 1.0, beta)).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: Kind) -> None:
     tensors = [_logits(2, 4).requires_grad_() for _ in range(1 if kind == Kind.ENTROPY else 2)]

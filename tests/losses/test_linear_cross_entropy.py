@@ -208,6 +208,17 @@ def test_loss_of_several_dimensions(path: str) -> None:
     check(gk.linear_cross_entropy, theirs, given, LAYER)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_of_several_dimensions_without_rows(reduction: str) -> None:
+    weight = torch.randn(9, 2, 3, 5, requires_grad=True)
+    target = torch.zeros(0, 2, 3, dtype=torch.int64)
+    loss = gk.linear_cross_entropy(torch.zeros(0, 5), weight, target, reduction=reduction)
+    wanted = F.cross_entropy(torch.zeros(0, 9, 2, 3), target, reduction=reduction)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+    (grad,) = torch.autograd.grad(loss.sum(), weight)
+    assert grad.shape == weight.shape
+
+
 def test_strided_operands(path: str) -> None:
     given = _labels()
     given["input"] = torch.randn(20, 24)[:, ::2]

@@ -89,6 +89,19 @@ def test_corners_are_torchs(path, device, dtype, loss, threshold):
     torch.testing.assert_close(dt, opposite.to(dtype), rtol=1e-3, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("loss", ["mse_loss", "l1_loss"])
+def test_gradient_of_learned_weights_in_half_precision_is_rounded_once(path, device, loss):
+    """A weighted mean's is (the element's loss - the mean) / the sum of weights; rounded first, these two lose it."""
+    x, t, weight = (torch.rand(65, device=device).bfloat16() + offset for offset in (4.0, 0.0, 0.25))
+    grads = [
+        _run(f, (x.to(d), t.to(d), weight.to(d)), "mean")[1]
+        for f, d in zip(_pair(loss), (x.dtype, torch.float64), strict=True)
+    ]
+    (*_, found), (*_, exact) = grads
+    (*_, usual) = _run(getattr(F, loss), (x.float(), t.float(), weight.float()), "mean")[1]
+    assert_close(found, exact, like=usual)
+
+
 def test_gradient_of_l1_at_0_is_0(path, device):
     # Broadcast, so that the eager path is not the built-in.
     x, t = torch.zeros(2, 2, device=device, requires_grad=True), torch.zeros(2, device=device)

@@ -32,7 +32,9 @@ def binary_cross_entropy_gradient(x, t, weight, pos_weight, smoothing, s1, s2, F
     a, b = _coefficients(t, weight, pos_weight, smoothing)
     above, below, probability, complement = softplus_sigmoid(x)
     dx = a * probability - b * complement
-    dt = weight * (1.0 - smoothing) * (pos_weight * below - above)
+    # pos_weight * below - above less the logarithm that both have in common, the smaller one: its rounding would stay.
+    linear = tl.where(x < 0.0, -pos_weight * x, -x)
+    dt = weight * (1.0 - smoothing) * (linear + (pos_weight - 1.0) * tl.minimum(above, below))
     return dx, dt, dx, dt
 
 

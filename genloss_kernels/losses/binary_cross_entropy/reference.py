@@ -166,10 +166,14 @@ def gradient(
             a, b = _coefficients(t, weight, pos_weight, scalars[0], dtype)
             dx.mul_(a.add_(b)).sub_(b).mul_(grad)
     if dt is not None:
-        below = F.logsigmoid(x)
-        if pos_weight is not None:
-            below = below * pos_weight.to(dtype)
-        torch.sub(F.logsigmoid(-x), below, out=dt).mul_(1.0 - scalars[0]).mul_(grad)
+        # pos_weight * softplus(-x) - softplus(x) less the logarithm that both have in common: its rounding would stay.
+        if pos_weight is None:
+            torch.neg(x, out=dt)
+        else:
+            positive = pos_weight.to(dtype)
+            torch.clamp(-x, min=0.0, out=dt).mul_(positive).sub_(x.clamp(min=0.0))
+            dt.addcmul_(positive - 1.0, F.logsigmoid(x.abs()), value=-1.0)
+        dt.mul_(1.0 - scalars[0]).mul_(grad)
         if weight is not None:
             dt.mul_(weight.to(dtype))
 

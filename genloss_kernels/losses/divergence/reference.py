@@ -47,14 +47,20 @@ def _rows(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
     if options.kind != Kind.JS:
         p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
         return scale * _expectation(p, p, q)
-    # Where neither has mass logaddexp has no gradient.
+    # Infinities where neither has mass must not meet.
     nothing = (teacher == -math.inf) & (student == -math.inf)
-    mixture = torch.logaddexp(
-        teacher.masked_fill(nothing, 0.0) + math.log(options.beta),
-        student.masked_fill(nothing, 0.0) + math.log1p(-options.beta),
-    )
+    mixture = _mixture(teacher.masked_fill(nothing, 0.0), student.masked_fill(nothing, 0.0), options.beta)
     of_teacher, of_student = (_expectation(log_p, log_p, mixture) for log_p in (teacher, student))
     return scale * (options.beta * of_teacher + (1.0 - options.beta) * of_student)
+
+
+def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """Logarithm of the mixture, from that of the more likely: of equal ones exactly that, as logaddexp's need not be."""
+    excess = student - teacher
+    below = excess <= 0.0
+    gap = torch.where(below, excess, -excess)
+    share = torch.where(below, excess.new_full((), 1.0 - beta), beta)
+    return torch.where(below, teacher, student) + torch.log1p(share * torch.expm1(gap))
 
 
 def _expectation(log_p: Tensor, value: Tensor, less: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ def linear_cross_entropy(
         check_fit(options, linear_weight.flatten(0, -2).size(0), input, triton=False)
         if not probabilities:
             # A row of which every label is ignored may hold anything.
-            ignored = (target == ignore_index).reshape(input.size(0), -1).all(1)
+            ignored = (target == ignore_index).reshape(input.size(0), math.prod(target.shape[1:])).all(1)
             input = input.masked_fill(ignored.unsqueeze(1), 0.0)
         logits = _logits(input, linear_weight, linear_bias)
         return cross_entropy(

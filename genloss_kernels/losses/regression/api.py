@@ -257,8 +257,11 @@ def _loss(
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     result, arithmetic = loss_dtype(dtype, input.device), accumulator(dtype)
-    tensors = (input, target, weight, None)
     by_weights = weighted_mean and reduction == "mean" and weight is not None
+    if by_weights and weight is not None and weight.requires_grad:
+        # Its gradient is the difference of two, which half precision would round one by one.
+        weight = weight.to(arithmetic)
+    tensors = (input, target, weight, None)
     # An infinite scalar would turn what it does not apply to into NaN.
     largest = torch.finfo(arithmetic).max
     loss = elementwise_op.apply(
