@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
+from .core.torch_losses import TORCH_LOSSES
+
+# Themselves, under gk.patch_torch() too.
+torchs = SimpleNamespace(**TORCH_LOSSES)
 
 # What a case is for.
 DOCTOR, BYTES, BENCH = "doctor", "bytes", "bench"
@@ -120,7 +125,9 @@ def cross_entropy_oracle(
     y = input * logit_scale
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
-    rows = F.cross_entropy(y, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    rows = torchs.cross_entropy(
+        y, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     valid = torch.ones_like(rows) if target.is_floating_point() else (target != ignore_index).to(rows)
     rows = rows + valid * z_loss * torch.logsumexp(y, 1).square()
     normalizer = valid
@@ -157,7 +164,7 @@ def linear_cross_entropy_oracle(
 
 def linear_cross_entropy_usual(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     """What most training scripts do."""
-    return F.cross_entropy(F.linear(input, linear_weight), target)
+    return torchs.cross_entropy(F.linear(input, linear_weight), target)
 
 
 def gaussian_kl_oracle(
@@ -239,15 +246,15 @@ def categorical_entropy_oracle(logits: Tensor, reduction: str = "none") -> Tenso
 def kl_div_with_logits_usual(input: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """What most distillation scripts do, batchmean."""
     student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+    return torchs.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
 def js_div_with_logits_usual(input: Tensor, target: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """The usual generalized divergence, batchmean."""
     student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
     mixture = torch.logsumexp(torch.stack([teacher + math.log(beta), student + math.log(1.0 - beta)]), 0)
-    of_teacher = F.kl_div(mixture, teacher, log_target=True, reduction="batchmean")
-    of_student = F.kl_div(mixture, student, log_target=True, reduction="batchmean")
+    of_teacher = torchs.kl_div(mixture, teacher, log_target=True, reduction="batchmean")
+    of_student = torchs.kl_div(mixture, student, log_target=True, reduction="batchmean")
     return (beta * of_teacher + (1.0 - beta) * of_student) * temperature**2
 
 
@@ -281,10 +288,10 @@ def vae_loss_oracle(
 
 
 VAE_RECONSTRUCTION = {
-    "mse": F.mse_loss,
-    "l1": F.l1_loss,
-    "bce": F.binary_cross_entropy,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "mse": torchs.mse_loss,
+    "l1": torchs.l1_loss,
+    "bce": torchs.binary_cross_entropy,
+    "bce_with_logits": torchs.binary_cross_entropy_with_logits,
 }
 
 
@@ -299,9 +306,9 @@ def gan_discriminator_loss_oracle(
 ) -> Tensor:
     """Binary cross entropy and the like against targets of ones and zeros."""
     if kind == "relativistic":
-        return F.binary_cross_entropy_with_logits(real - fake, torch.ones_like(real), reduction=reduction)
+        return torchs.binary_cross_entropy_with_logits(real - fake, torch.ones_like(real), reduction=reduction)
     if kind in ("minimax", "non_saturating"):
-        bce = F.binary_cross_entropy_with_logits
+        bce = torchs.binary_cross_entropy_with_logits
         sides = (bce(s, torch.full_like(s, t), reduction="none") for s, t in ((real, 1.0), (fake, 0.0)))
     elif kind == "lsgan":
         sides = ((real - 1.0).square() / 2.0, fake.square() / 2.0)
@@ -318,10 +325,10 @@ def gan_generator_loss_oracle(
 ) -> Tensor:
     """The same towards ones."""
     if kind == "minimax":
-        loss = -F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
+        loss = -torchs.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
     elif kind in ("non_saturating", "relativistic"):
         logits = fake if real is None else fake - real
-        loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(fake), reduction="none")
+        loss = torchs.binary_cross_entropy_with_logits(logits, torch.ones_like(fake), reduction="none")
     else:
         loss = (fake - 1.0).square() / 2.0 if kind == "lsgan" else -fake
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
@@ -471,20 +478,20 @@ def _case(loss: str, name: str, make: Any, *uses: str, **rest: Any) -> Case:
     oracle = {
         "cross_entropy": cross_entropy_oracle,
         "linear_cross_entropy": linear_cross_entropy_oracle,
-        "nll_loss": F.nll_loss,
-        "binary_cross_entropy": F.binary_cross_entropy,
-        "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+        "nll_loss": torchs.nll_loss,
+        "binary_cross_entropy": torchs.binary_cross_entropy,
+        "binary_cross_entropy_with_logits": torchs.binary_cross_entropy_with_logits,
         "gaussian_kl": gaussian_kl_oracle,
-        "kl_div": F.kl_div,
-        "cosine_embedding_loss": F.cosine_embedding_loss,
-        "gaussian_nll_loss": F.gaussian_nll_loss,
+        "kl_div": torchs.kl_div,
+        "cosine_embedding_loss": torchs.cosine_embedding_loss,
+        "gaussian_nll_loss": torchs.gaussian_nll_loss,
         "kl_div_with_logits": kl_div_with_logits_oracle,
         "js_div_with_logits": js_div_with_logits_oracle,
         "categorical_entropy": categorical_entropy_oracle,
-        "mse_loss": F.mse_loss,
-        "l1_loss": F.l1_loss,
-        "smooth_l1_loss": F.smooth_l1_loss,
-        "huber_loss": F.huber_loss,
+        "mse_loss": torchs.mse_loss,
+        "l1_loss": torchs.l1_loss,
+        "smooth_l1_loss": torchs.smooth_l1_loss,
+        "huber_loss": torchs.huber_loss,
         "vae_loss": vae_loss_oracle,
         "gan_discriminator_loss": gan_discriminator_loss_oracle,
         "gan_generator_loss": gan_generator_loss_oracle,

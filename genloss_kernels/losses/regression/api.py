@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
+from ...core.warning import warn
 from . import reference
 
 # Below this many elements on a CPU weighted losses cost less by plain operators with autograd than over blocks.
@@ -174,7 +174,7 @@ def smooth_l1_loss(
         return _loss(reference.L1, reference.torch_l1_loss, input, target, None, reduction)
     scalars = (float(beta), 1.0, 1.0 / beta)
     builtin = reference.torch_smooth_l1_loss
-    return _loss(reference.SMOOTH_L1, builtin, input, target, None, reduction, scalars, beta=float(beta))
+    return _loss(reference.SMOOTH_L1, builtin, input, target, None, reduction, scalars, (float(beta),))
 
 
 def huber_loss(
@@ -226,7 +226,7 @@ def huber_loss(
         raise RuntimeError(f"delta must be positive, got {delta}")
     scalars = (float(delta), float(delta), 1.0)
     builtin = reference.torch_huber_loss
-    return _loss(reference.HUBER, builtin, input, target, weight, reduction, scalars, delta=float(delta))
+    return _loss(reference.HUBER, builtin, input, target, weight, reduction, scalars, (float(delta),))
 
 
 def _loss(
@@ -237,9 +237,9 @@ def _loss(
     weight: Tensor | None,
     reduction: str,
     scalars: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    options: tuple[float, ...] = (),
     *,
     weighted_mean: bool = False,
-    **options: float,
 ) -> Tensor:
     """The loss on its path; ``weighted_mean`` says that the mean divides by the sum of the weights.
 
@@ -247,7 +247,7 @@ def _loss(
     """
     triton = backend.use_triton(input, target, weight)
     if not triton and weight is None and _builtin_is_best(input, target):
-        return builtin(input, target, reduction=reduction, **options)
+        return builtin(input, target, int(_REDUCTIONS[reduction]), *options)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
@@ -296,8 +296,7 @@ def _check(input: Any, target: Any, weight: Any, reduction: Any) -> None:
         if weight.shape != input.shape:
             raise ValueError(f"weight must have the shape {list(input.shape)} of the input, got {list(weight.shape)}")
     if target.shape != input.shape and not torch.compiler.is_compiling():  # which traces no warning
-        warnings.warn(
+        warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
-            stacklevel=3,
+            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
         )
