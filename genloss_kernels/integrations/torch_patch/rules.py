@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import LABELS, learned, mixed, narrow_autocast, shapes_differ, unfit
+from .tensors import LABELS, SHAPES, learned, mixed, narrow_autocast, shapes_differ, unfit
+
+ODD = "an option out of the ordinary"
 
 _REDUCTIONS = ("none", "mean", "sum")
 _LinearCrossEntropyOptions: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
@@ -23,25 +25,30 @@ def _legacy(size_average: Any, reduce: Any) -> str | None:
 
 def _options(reduction: Any, *numbers: Any, reductions: tuple[str, ...] = _REDUCTIONS) -> str | None:
     """Options that ours may refuse or read differently."""
-    fits = type(reduction) is str and reduction in reductions and all(type(n) in (int, float) for n in numbers)
-    return None if fits and all(math.isfinite(n) for n in numbers) else "an option out of the ordinary"
+    if type(reduction) is not str or reduction not in reductions:
+        return ODD
+    for number in numbers:
+        if type(number) not in (int, float) or not math.isfinite(number):
+            return ODD
+    return None
 
 
 def _labels(input: Tensor, target: Tensor) -> str | None:
     """Class indices (N, d1, ...) for (N, C, d1, ...), or () for (C), with at least one class."""
     if target.dtype not in LABELS:
         return "labels of another dtype than int64 and uint8"
-    if not input.dim() or not input.size(min(1, input.dim() - 1)):
+    shape = tuple(input.shape)
+    if not shape or not shape[min(1, len(shape) - 1)]:
         return "no classes"
-    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    return None if target.shape == rows else "shapes that differ"
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    return None if tuple(target.shape) == rows else SHAPES
 
 
 def _class_weight(input: Tensor, weight: Tensor | None) -> str | None:
     if weight is None:
         return None
     fits = weight.dim() == 1 and input.dim() > 0 and weight.size(0) == input.size(min(1, input.dim() - 1))
-    return learned(weight) if fits else "shapes that differ"
+    return learned(weight) if fits else SHAPES
 
 
 def _element_weight(input: Tensor, weight: Tensor | None) -> str | None:
@@ -50,7 +57,7 @@ def _element_weight(input: Tensor, weight: Tensor | None) -> str | None:
         return None
     own, whole = weight.shape, input.shape
     fits = len(own) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(own), reversed(whole), strict=False))
-    return learned(weight) if fits else "shapes that differ"
+    return learned(weight) if fits else SHAPES
 
 
 def cross_entropy(
@@ -65,10 +72,10 @@ def cross_entropy(
     if reason is not None:
         return reason
     if type(ignore_index) is not int or not 0.0 <= label_smoothing <= 1.0:
-        return "an option out of the ordinary"
+        return ODD
     probabilities = target.is_floating_point()
     if probabilities and (input.dim() == 0 or ignore_index >= 0):
-        return "an option out of the ordinary"
+        return ODD
     return (
         mixed(input, target if probabilities else None, weight)
         or (shapes_differ(input, target) if probabilities else _labels(input, target))
@@ -88,7 +95,7 @@ def nll_loss(
         or _labels(input, target)
         or _class_weight(input, weight)
     )
-    return reason or (None if type(ignore_index) is int else "an option out of the ordinary")
+    return reason or (None if type(ignore_index) is int else ODD)
 
 
 def linear_cross_entropy(
@@ -101,10 +108,10 @@ def linear_cross_entropy(
     if linear_weight.dim() != 2 or not linear_weight.numel() or input.dim() not in (1, 2):
         return "a K-dimensional or empty layer, or an input of other dimensions"
     if input.size(-1) != linear_weight.size(1) or (linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]):
-        return "shapes that differ"
+        return SHAPES
     probabilities = target.is_floating_point()
     if probabilities and ignore_index is not None:
-        return "an option out of the ordinary"
+        return ODD
     # The rest is as for the logits, which are known by their shape.
     logits = input[..., :1].expand(*input.shape[:-1], linear_weight.size(0))
     return (
@@ -166,13 +173,23 @@ def kl_div(
         or _options(reduction, reductions=(*_REDUCTIONS, "batchmean"))
         or mixed(input, target)
         or shapes_differ(input, target)
-        or (None if type(log_target) is bool else "an option out of the ordinary")
+        or (None if type(log_target) is bool else ODD)
     )
 
 
 def mse_loss(
     input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: Any = "mean", weight: Any = None
 ) -> str | None:
+    return _difference(input, target, size_average, reduce, reduction, weight)
+
+
+def l1_loss(
+    input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: Any = "mean", weight: Any = None
+) -> str | None:
+    return _difference(input, target, size_average, reduce, reduction, weight)
+
+
+def _difference(input: Any, target: Any, size_average: Any, reduce: Any, reduction: Any, weight: Any) -> str | None:
     return (
         unfit(input, target, optional=(weight,))
         or _legacy(size_average, reduce)
@@ -181,9 +198,6 @@ def mse_loss(
         or shapes_differ(input, target, weight)
         or (None if weight is None else learned(weight) or narrow_autocast(input, target, weight))
     )
-
-
-l1_loss = mse_loss
 
 
 def smooth_l1_loss(
@@ -195,7 +209,7 @@ def smooth_l1_loss(
         or _options(reduction, beta)
         or mixed(input, target)
         or shapes_differ(input, target)
-        or (None if beta >= 0.0 else "an option out of the ordinary")
+        or (None if beta >= 0.0 else ODD)
     )
 
 
@@ -206,7 +220,7 @@ def huber_loss(input: Any, target: Any, reduction: Any = "mean", delta: Any = 1.
         or mixed(input, target, weight)
         or shapes_differ(input, target, weight)
         or learned(weight)
-        or (None if delta > 0.0 else "an option out of the ordinary")
+        or (None if delta > 0.0 else ODD)
     )
 
 
@@ -225,14 +239,14 @@ def gaussian_nll_loss(
     if reason is not None:
         return reason
     if type(full) is not bool or not eps > 0.0 or (number and var < 0.0):
-        return "an option out of the ordinary"
+        return ODD
     return None if variance is None else _variance(input, variance)
 
 
 def _variance(input: Tensor, var: Tensor) -> str | None:
     """torch's shapes; and, as torch does, wait for a GPU to say whether an entry is negative."""
     if var.shape not in (input.shape, input.shape[:-1], (*input.shape[:-1], 1)):
-        return "shapes that differ"
+        return SHAPES
     if torch.compiler.is_compiling() or var.device.type == "cpu":
         return None
     return "a negative variance" if bool((var < 0.0).any()) else None
@@ -251,6 +265,6 @@ def cosine_embedding_loss(
     )
     if reason is not None:
         return reason
-    if target.requires_grad or target.is_complex() or target.dtype == torch.bool:
+    if target.is_complex() or target.dtype == torch.bool:
         return "labels of another kind than numbers"
-    return None if input1.dim() in (1, 2) and input1.shape[:-1] == target.shape else "shapes that differ"
+    return None if input1.dim() in (1, 2) and input1.shape[:-1] == target.shape else SHAPES

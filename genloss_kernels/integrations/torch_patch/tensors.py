@@ -14,28 +14,37 @@ from torch.utils._device import DeviceContext
 from ...core import backend
 from ...core.reduction import autocasting
 
+SHAPES = "shapes that differ"
+
 DEVICES = ("cpu", "cuda")
 LABELS = (torch.int64, torch.uint8)
 
 
 def unfit(*tensors: Any, optional: tuple[Any, ...] = ()) -> str | None:
     """Why these are not plain dense tensors of one device in plain eager or compiled code; ``optional`` ones may be None."""
-    given = (*tensors, *(t for t in optional if t is not None))
-    for t in given:
+    for t in optional:
+        if t is not None:
+            tensors = (*tensors, t)
+    for t in tensors:
         if type(t) is not Tensor and type(t) is not Parameter:
             return "a subclass of Tensor" if isinstance(t, Tensor) else "not a tensor"
+    # Before a mode could see what is asked of the tensors.
+    if has_torch_function_unary(tensors[0]) and not _sets_device_alone():
+        return "a torch function mode"
+    device = None
+    for t in tensors:
         if t.layout is not torch.strided or t.is_nested or t.is_quantized:
             return "not a dense tensor"
-        if t.device != given[0].device:
+        if device is None:
+            device = t.device
+            if device.type not in DEVICES:
+                return f"device {device.type}"
+        elif t.device != device:
             return "tensors on several devices"
-    if given[0].device.type not in DEVICES:
-        return f"device {given[0].device.type}"
-    return _surroundings(given)
+    return _surroundings(tensors)
 
 
 def _surroundings(tensors: tuple[Tensor, ...]) -> str | None:
-    if has_torch_function_unary(tensors[0]) and not _sets_device_alone():
-        return "a torch function mode"
     if torch.compiler.is_exporting():
         return "torch.export"
     if backend.transforms():
@@ -83,4 +92,4 @@ def learned(weight: Tensor | None) -> str | None:
 
 def shapes_differ(tensor: Tensor, *others: Tensor | None) -> str | None:
     """torch broadcasts some of these, with a warning, and refuses others."""
-    return "shapes that differ" if any(t is not None and t.shape != tensor.shape for t in others) else None
+    return SHAPES if any(t is not None and t.shape != tensor.shape for t in others) else None
