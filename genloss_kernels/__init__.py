@@ -29,6 +29,7 @@ from .functional import (
     smooth_l1_loss,
     vae_loss,
 )
+from .integrations.torch_patch import patch_torch
 from .nn import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -107,6 +108,7 @@ __all__ = [
     "mse_loss",
     "nll_loss",
     "nn",
+    "patch_torch",
     "r1_penalty",
     "smooth_l1_loss",
     "testing",

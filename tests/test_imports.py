@@ -21,7 +21,7 @@ LAYERS = {
     "nn": {"core", "functional"},
     "cases": {"cases", "core", "losses", "functional", "nn"},
     "testing": {"core"},
-    "integrations": {"functional", "integrations", "nn"},
+    "integrations": {"core", "functional", "integrations", "nn"},
 }
 
 # Families built from another's kernels, formulas or public functions.

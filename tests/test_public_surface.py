@@ -25,7 +25,16 @@ TESTS = Path(__file__).parent
 SNAPSHOT = TESTS / "public_surface.txt"
 PACKAGE = Path(gk.__file__).parent
 
-MODULES = ("", "distributed", "functional", "integrations", "integrations.transformers", "nn", "testing")
+MODULES = (
+    "",
+    "distributed",
+    "functional",
+    "integrations",
+    "integrations.torch_patch",
+    "integrations.transformers",
+    "nn",
+    "testing",
+)
 
 
 def _describe(name: str, value: Any) -> Iterator[str]:
@@ -371,6 +380,7 @@ DOCUMENTED = sorted(
         "nn.py",
         "core/backend.py",
         "core/launch.py",
+        "integrations/torch_patch/handle.py",
         "integrations/transformers/loss.py",
     )
     for path in PACKAGE.glob(pattern)

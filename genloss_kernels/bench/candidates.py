@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Case
+from ..core.torch_losses import TORCH_LOSSES
 from . import peers
 
 OURS, BUILTIN, COMPILED, CHUNKED = "genloss_kernels", "torch", "torch.compile", "torch chunked"
@@ -26,13 +26,13 @@ class Candidate:
 
 def builtin(case: Case) -> Callable[..., Tensor]:
     """What a user would write with torch: the case's own choice, or torch's function of the same name."""
-    return case.builtin or getattr(F, case.loss, case.oracle)
+    return case.builtin or TORCH_LOSSES.get(case.loss, case.oracle)
 
 
 def torch_chunked(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     """Torch's own linear cross entropy, since 2.13, with the options that make it work in chunks."""
     options = getattr(torch.nn, "LinearCrossEntropyOptions")()  # noqa: B009 - torch 2.11 has neither
-    return getattr(F, "linear_cross_entropy")(input, linear_weight, target, options=options)  # noqa: B009
+    return TORCH_LOSSES["linear_cross_entropy"](input, linear_weight, target, options=options)
 
 
 def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Candidate]:
@@ -41,6 +41,6 @@ def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Cand
         # Each case compiles afresh: recompilations count against a limit, beyond which torch falls back to eager.
         torch.compiler.reset()
         found.append(Candidate(COMPILED, torch.compile(builtin(case), dynamic=False)))
-    if case.loss == "linear_cross_entropy" and hasattr(F, "linear_cross_entropy"):
+    if case.loss == "linear_cross_entropy" and case.loss in TORCH_LOSSES:
         found.append(Candidate(CHUNKED, torch_chunked))
     return found + [Candidate(peer.package, peer, peer.overwrites) for peer in peers.installed(case.loss, device)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Case, table
+from .case import BENCH, BYTES, DOCTOR, Case, table, torchs
 from .draws import FLOAT32, scores
 
 
@@ -17,9 +17,9 @@ def gan_discriminator_loss_oracle(
 ) -> Tensor:
     """Binary cross entropy and the like against targets of ones and zeros."""
     if kind == "relativistic":
-        return F.binary_cross_entropy_with_logits(real - fake, torch.ones_like(real), reduction=reduction)
+        return torchs.binary_cross_entropy_with_logits(real - fake, torch.ones_like(real), reduction=reduction)
     if kind in ("minimax", "non_saturating"):
-        bce = F.binary_cross_entropy_with_logits
+        bce = torchs.binary_cross_entropy_with_logits
         sides = (bce(s, torch.full_like(s, t), reduction="none") for s, t in ((real, 1.0), (fake, 0.0)))
     elif kind == "lsgan":
         sides = ((real - 1.0).square() / 2.0, fake.square() / 2.0)
@@ -36,10 +36,10 @@ def gan_generator_loss_oracle(
 ) -> Tensor:
     """The same towards ones."""
     if kind == "minimax":
-        loss = -F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
+        loss = -torchs.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
     elif kind in ("non_saturating", "relativistic"):
         logits = fake if real is None else fake - real
-        loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(fake), reduction="none")
+        loss = torchs.binary_cross_entropy_with_logits(logits, torch.ones_like(fake), reduction="none")
     else:
         loss = (fake - 1.0).square() / 2.0 if kind == "lsgan" else -fake
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, flat, logits
 
 
@@ -44,7 +43,8 @@ def _certainties(*shape: int, weighted: tuple[int, ...] = (), learned: bool = Fa
 
 
 _case = table(
-    binary_cross_entropy=F.binary_cross_entropy, binary_cross_entropy_with_logits=F.binary_cross_entropy_with_logits
+    binary_cross_entropy=torchs.binary_cross_entropy,
+    binary_cross_entropy_with_logits=torchs.binary_cross_entropy_with_logits,
 )
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from ..core.torch_losses import TORCH_LOSSES
+
+# Themselves, under gk.patch_torch() too.
+torchs = SimpleNamespace(**TORCH_LOSSES)
 
 # What a case is for.
 DOCTOR, BYTES, BENCH = "doctor", "bytes", "bench"

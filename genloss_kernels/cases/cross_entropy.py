@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, labels, logits, sized
 
 
@@ -30,7 +29,9 @@ def cross_entropy_oracle(
     y = input * logit_scale
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
-    rows = F.cross_entropy(y, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    rows = torchs.cross_entropy(
+        y, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     valid = torch.ones_like(rows) if target.is_floating_point() else (target != ignore_index).to(rows)
     rows = rows + valid * z_loss * torch.logsumexp(y, 1).square()
     normalizer = valid
@@ -95,7 +96,7 @@ def _log_probabilities(*shape: int, **options: Any) -> Callable[..., Call]:
     return make
 
 
-_case = table(cross_entropy=cross_entropy_oracle, nll_loss=F.nll_loss)
+_case = table(cross_entropy=cross_entropy_oracle, nll_loss=torchs.nll_loss)
 
 
 def cross_entropy() -> Iterator[Case]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, flat, logits, sized
 
 
@@ -54,15 +54,15 @@ def categorical_entropy_oracle(logits: Tensor, reduction: str = "none") -> Tenso
 def kl_div_with_logits_usual(input: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """What most distillation scripts do, batchmean."""
     student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+    return torchs.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
 def js_div_with_logits_usual(input: Tensor, target: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """The usual generalized divergence, batchmean."""
     student, teacher = F.log_softmax(input / temperature, -1), F.log_softmax(target / temperature, -1)
     mixture = torch.logsumexp(torch.stack([teacher + math.log(beta), student + math.log(1.0 - beta)]), 0)
-    of_teacher = F.kl_div(mixture, teacher, log_target=True, reduction="batchmean")
-    of_student = F.kl_div(mixture, student, log_target=True, reduction="batchmean")
+    of_teacher = torchs.kl_div(mixture, teacher, log_target=True, reduction="batchmean")
+    of_student = torchs.kl_div(mixture, student, log_target=True, reduction="batchmean")
     return (beta * of_teacher + (1.0 - beta) * of_student) * temperature**2
 
 
@@ -102,7 +102,7 @@ def _divergence(*shape: int, learned: bool = False, **options: Any) -> Callable[
 
 
 _case = table(
-    kl_div=F.kl_div,
+    kl_div=torchs.kl_div,
     kl_div_with_logits=kl_div_with_logits_oracle,
     js_div_with_logits=js_div_with_logits_oracle,
     categorical_entropy=categorical_entropy_oracle,

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, flat
 
 
@@ -79,7 +78,7 @@ def _likelihood(*shape: int, var: tuple[int, ...] | float = (), **options: Any) 
     return make
 
 
-_case = table(gaussian_kl=gaussian_kl_oracle, gaussian_nll_loss=F.gaussian_nll_loss)
+_case = table(gaussian_kl=gaussian_kl_oracle, gaussian_nll_loss=torchs.gaussian_nll_loss)
 
 
 def gaussian_kl() -> Iterator[Case]:

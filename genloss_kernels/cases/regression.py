@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, flat, logits
 
 
@@ -38,11 +37,11 @@ def _embeddings(
 
 
 _case = table(
-    mse_loss=F.mse_loss,
-    l1_loss=F.l1_loss,
-    smooth_l1_loss=F.smooth_l1_loss,
-    huber_loss=F.huber_loss,
-    cosine_embedding_loss=F.cosine_embedding_loss,
+    mse_loss=torchs.mse_loss,
+    l1_loss=torchs.l1_loss,
+    smooth_l1_loss=torchs.smooth_l1_loss,
+    huber_loss=torchs.huber_loss,
+    cosine_embedding_loss=torchs.cosine_embedding_loss,
 )
 
 

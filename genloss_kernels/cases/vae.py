@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .case import BENCH, BYTES, DOCTOR, Call, Case, table
+from .case import BENCH, BYTES, DOCTOR, Call, Case, table, torchs
 from .draws import FLOAT32, logits
 from .gaussian import gaussian_kl_oracle, gaussian_kl_usual
 
@@ -38,10 +37,10 @@ def vae_loss_oracle(
 
 
 VAE_RECONSTRUCTION = {
-    "mse": F.mse_loss,
-    "l1": F.l1_loss,
-    "bce": F.binary_cross_entropy,
-    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "mse": torchs.mse_loss,
+    "l1": torchs.l1_loss,
+    "bce": torchs.binary_cross_entropy,
+    "bce_with_logits": torchs.binary_cross_entropy_with_logits,
 }
 
 

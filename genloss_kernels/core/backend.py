@@ -119,10 +119,10 @@ def multiprocessors(device: torch.device) -> int:
 def transformed(*tensors: torch.Tensor | None) -> bool:
     """Whether ``vmap`` or forward-mode AD is at work, which the operators cannot see through.
 
-    Under ``torch.compile`` the answer is no: dynamo traces through those transforms itself.
+    Under ``torch.compile``, which does not say which, whether any transform of ``torch.func`` is.
     """
     if torch.compiler.is_compiling():
-        return False
+        return torch._C._are_functorch_transforms_active()
     if _functorch.peek_interpreter_stack() is not None:
         kinds = _functorch.TransformType
         stack = _functorch.get_interpreter_stack() or ()
@@ -140,7 +140,9 @@ def composite(*tensors: torch.Tensor | None) -> bool:
 
 def transforms() -> int:
     """How many transforms of ``torch.func`` are at work, one in another; each differentiates every gradient again."""
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling():
+        return int(torch._C._are_functorch_transforms_active())
+    if _functorch.peek_interpreter_stack() is None:
         return 0
     return len(_functorch.get_interpreter_stack() or ())
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .launch import REDUCTION_TILE, launch
+from .warning import warn
 
 
 class Reduction(enum.IntEnum):
@@ -51,9 +51,7 @@ def parse_reduction(reduction: str, size_average: bool | None, reduce: bool | No
     reduce = True if reduce is None else reduce
     chosen = ("mean" if size_average else "sum") if reduce else "none"
     if not torch.compiler.is_compiling():  # which traces no warning
-        warnings.warn(
-            f"size_average and reduce are deprecated, please use reduction={chosen!r} instead.", UserWarning, stacklevel=3
-        )
+        warn(f"size_average and reduce are deprecated, please use reduction={chosen!r} instead.")
     return chosen
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genloss_kernels.core import elementwise, elementwise_op, launch, pair, reduction, scaling
+from genloss_kernels.core import elementwise, elementwise_op, formulas, launch, made, pair, reduction, scaling
 from genloss_kernels.core.launch import Tile, observe_launches
 from genloss_kernels.losses.adversarial import api as adversarial_api
 from genloss_kernels.losses.adversarial import op as adversarial_op
@@ -49,7 +49,7 @@ def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _no_built_ins(patch)
         share = max(1, ELEMENTS // torch.get_num_threads())
-        for module in (elementwise_op, cross_entropy_eager, divergence_eager):
+        for module in (formulas, cross_entropy_eager, divergence_eager):
             patch.setattr(module, "BLOCK_ELEMENTS", share)
         patch.setattr(cosine_eager, "_BLOCK_ELEMENTS", share)
         _short_chunks(patch)
@@ -118,7 +118,9 @@ def watched() -> Iterator[list[int]]:
         return True
 
     with pytest.MonkeyPatch.context() as patch, observe_launches(observe):
-        for module in (elementwise_op, cross_entropy_eager, cosine_eager):
+        for module in (elementwise_op, made):
+            patch.setattr(module, "blocks", counted(module.blocks))
+        for module in (cross_entropy_eager, cosine_eager):
             patch.setattr(module, "_blocks", counted(module._blocks))
         patch.setattr(divergence_eager, "row_blocks", counted(divergence_eager.row_blocks))
         patch.setattr(linear_chunks, "equal_chunks", counted(linear_chunks.equal_chunks))

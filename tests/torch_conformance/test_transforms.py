@@ -446,6 +446,23 @@ def test_batch_sizes(dynamic: bool | None, compiles: list[bool], path: str, devi
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("example", select("cross_entropy", "mse_loss", "gaussian_kl", "kl_div_with_logits")[::3], ids=str)
+def test_compiled_vmap_keeps_the_gradient(example: Example, device: torch.device) -> None:
+    """Operators that vmap falls back on would come out without one."""
+    function, values = example.problem(device, rows=3)
+    stacked = tuple(torch.stack([v, v.flip(0)]).detach().requires_grad_() for v in values)
+
+    def step(*batch: Tensor) -> Tensor:
+        return torch.func.vmap(function)(*batch).square().sum()
+
+    with gk.backend("eager"):
+        found = torch.compile(step, backend="aot_eager")(*stacked)
+        expected = sum(function(*(s[row] for s in stacked)).square().sum() for row in range(2))
+        assert_same(found, expected)
+        assert_same(torch.autograd.grad(found, stacked), torch.autograd.grad(expected, stacked))
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compiler_name", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "loss",

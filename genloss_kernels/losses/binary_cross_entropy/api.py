@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, autocasting, loss_dtype, parse_reduction
-from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED
+from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED, torch_loss_of_probabilities
 
 # What torch.nn.functional's calls, without its Python.
 _torch_loss = torch.binary_cross_entropy_with_logits
-_torch_loss_of_probabilities = torch.nn.functional.binary_cross_entropy
 
 # Below this many elements on a CPU the built-in's few calls cost less than ours over blocks, which save memory traffic.
 BUILTIN_BELOW = 2**18
@@ -172,7 +171,8 @@ def binary_cross_entropy(
     triton = backend.use_triton(input, target, weight)
     if not triton and _builtin_is_best(input, target, PROBABILITIES_BUILTIN_BELOW):
         try:
-            return _torch_loss_of_probabilities(input, target, weight, reduction=reduction)
+            expanded = None if weight is None else weight.expand_as(input)
+            return torch_loss_of_probabilities(input, target, expanded, int(_REDUCTIONS[reduction]))
         except RuntimeError:
             # torch's message says that values are bad; ours, which.
             checks.probabilities("input", input)

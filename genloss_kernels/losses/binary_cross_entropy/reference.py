@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.formulas import Formulas, Scalars, register_formulas
+from ...core.reduction import Reduction
 from ...core.scratch import Scratch
+
+# What torch.nn.functional.binary_cross_entropy calls.
+torch_loss_of_probabilities = torch._C._nn.binary_cross_entropy  # pyright: ignore[reportAttributeAccessIssue]
 
 NAME, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"
 
@@ -198,15 +202,15 @@ def _outside(p: Tensor, t: Tensor) -> Tensor:
 def probability_reference(p: Tensor, t: Tensor, weight: Tensor | None, _: None, scalars: Scalars, flags: int) -> Tensor:
     """torch's own, whose derivatives of any order follow the first as torch bounds it near 0 and 1."""
     dtype = _dtype(p, t, weight)
-    weight = None if weight is None else weight.to(dtype)
+    weight = None if weight is None else weight.to(dtype).expand_as(p)
     p, t = p.to(dtype), t.to(dtype)
     if not flags & UNCHECKED:
-        return F.binary_cross_entropy(p, t, weight, reduction="none")
+        return torch_loss_of_probabilities(p, t, weight, int(Reduction.NONE))
     # On a GPU the built-in ends the context where a probability is none: it sees a half instead, and the result is NaN.
     outside = _outside(p, t)
     p, t, marks = torch.where(outside, 0.5, p), torch.where(outside, 0.5, t), torch.where(outside, p + t, 0.0)
     marks = marks * torch.where(outside, math.nan, 0.0)
-    return F.binary_cross_entropy(p, t, weight, reduction="none") + marks
+    return torch_loss_of_probabilities(p, t, weight, int(Reduction.NONE)) + marks
 
 
 def _mark(result: Tensor, p: Tensor, t: Tensor, flags: int) -> Tensor:

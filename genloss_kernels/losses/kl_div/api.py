@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ...core import backend, checks, elementwise_op
 from ...core.layout import broadcast_shape
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
+from ...core.warning import warn
 from .reference import LOG_TARGET, NAME
 
 # What torch.nn.functional's calls, without its Python.
@@ -79,9 +79,10 @@ def kl_div(
     """
     mean = size_average is None and reduce is None and reduction == "mean"
     if mean and not torch.compiler.is_compiling():  # which traces no warning
-        warnings.warn(
-            "reduction: 'mean' divides the total loss by the size of the support too; 'batchmean' gives the divergence",
-            stacklevel=2,
+        warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release."
         )
     reduction = parse_reduction(reduction, size_average, reduce)
     shape = _check(input, target, reduction, log_target)

@@ -73,7 +73,7 @@ def nll_loss(
         # The built-in checks the labels itself; its backward wants spatial inputs contiguous.
         input = input.contiguous() if input.dim() > 2 else input
         try:
-            return reference.torch_nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
+            return reference.torch_nll_loss(input, target, weight, int(_REDUCTIONS[reduction]), ignore_index)
         except IndexError:
             # Torch's message says what it got; ours, what is accepted as well.
             checks.class_indices(target, input.size(min(1, input.dim() - 1)), ignore_index)

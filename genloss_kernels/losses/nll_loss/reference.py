@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.reduction import accumulator
+from ...core.reduction import Reduction, accumulator
 
-torch_nll_loss = torch.nn.functional.nll_loss
+# What torch.nn.functional.nll_loss calls.
+torch_nll_loss = torch._C._nn.nll_loss_nd  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def nll_loss(
@@ -26,7 +27,7 @@ def nll_loss(
         index = torch.where(outside, 0, index)
     # The built-in only gathers here, which is exact in half precision too.
     input = input.contiguous() if input.dim() > 2 else input
-    rows = torch_nll_loss(input, index, reduction="none").to(dtype)
+    rows = torch_nll_loss(input, index, None, int(Reduction.NONE), -100).to(dtype)
     weights = torch.ones_like(rows) if weight is None else weight.to(dtype)[index]
     loss = torch.where(valid, weights * rows, 0.0)
     if reduction == "none":

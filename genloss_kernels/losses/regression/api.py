@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op, made
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
+from ...core.warning import warn
 from . import reference
 
 # Elements on a CPU from which passes through memory cost more than the operators that made gradients take; huber_loss and
@@ -179,7 +179,7 @@ def smooth_l1_loss(
         return _loss(reference.L1, reference.torch_l1_loss, input, target, None, reduction)
     scalars = (float(beta), 1.0, 1.0 / beta)
     builtin = reference.torch_smooth_l1_loss
-    return _loss(reference.SMOOTH_L1, builtin, input, target, None, reduction, scalars, beta=float(beta))
+    return _loss(reference.SMOOTH_L1, builtin, input, target, None, reduction, scalars, (float(beta),))
 
 
 def huber_loss(
@@ -231,7 +231,7 @@ def huber_loss(
         raise RuntimeError(f"delta must be positive, got {delta}")
     scalars = (float(delta), float(delta), 1.0)
     builtin = reference.torch_huber_loss
-    return _loss(reference.HUBER, builtin, input, target, weight, reduction, scalars, delta=float(delta))
+    return _loss(reference.HUBER, builtin, input, target, weight, reduction, scalars, (float(delta),))
 
 
 def _loss(
@@ -242,9 +242,9 @@ def _loss(
     weight: Tensor | None,
     reduction: str,
     scalars: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    options: tuple[float, ...] = (),
     *,
     weighted_mean: bool = False,
-    **options: float,
 ) -> Tensor:
     """The loss on its path; ``weighted_mean`` says that the mean divides by the sum of the weights.
 
@@ -252,7 +252,7 @@ def _loss(
     """
     triton = backend.use_triton(input, target, weight)
     if not triton and weight is None and _builtin_is_best(name, input, target, reduction):
-        return builtin(input, target, reduction=reduction, **options)
+        return builtin(input, target, int(_REDUCTIONS[reduction]), *options)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
@@ -305,8 +305,7 @@ def _check(input: Any, target: Any, weight: Any, reduction: Any) -> None:
         if weight.shape != input.shape:
             raise ValueError(f"weight must have the shape {list(input.shape)} of the input, got {list(weight.shape)}")
     if target.shape != input.shape and not torch.compiler.is_compiling():  # which traces no warning
-        warnings.warn(
+        warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
-            stacklevel=3,
+            "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size."
         )

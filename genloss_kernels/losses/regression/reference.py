@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ...core.elementwise import arithmetic
 from ...core.formulas import Formulas, Scalars, register_formulas
+from ...core.reduction import Reduction
 from ...core.scratch import Scratch
 
 MSE, L1, SMOOTH_L1, HUBER = "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"
 
-torch_mse_loss = torch.nn.functional.mse_loss
-torch_l1_loss = torch.nn.functional.l1_loss
-torch_smooth_l1_loss = torch.nn.functional.smooth_l1_loss
-torch_huber_loss = torch.nn.functional.huber_loss
+# What torch.nn.functional's call.
+torch_mse_loss = torch._C._nn.mse_loss  # pyright: ignore[reportAttributeAccessIssue]
+torch_l1_loss = torch._C._nn.l1_loss  # pyright: ignore[reportAttributeAccessIssue]
+torch_smooth_l1_loss = torch._C._nn.smooth_l1_loss  # pyright: ignore[reportAttributeAccessIssue]
+torch_huber_loss = torch._C._nn.huber_loss  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _difference(x: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
@@ -45,12 +47,12 @@ def l1(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: S
 
 def smooth_l1(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
     x, t = _wide(x, t, weight)
-    return _weighted(torch_smooth_l1_loss(x, t, reduction="none", beta=scalars[0]), weight)
+    return _weighted(torch_smooth_l1_loss(x, t, int(Reduction.NONE), scalars[0]), weight)
 
 
 def huber(x: Tensor, t: Tensor, weight: Tensor | None, _: Tensor | None, scalars: Scalars, flags: int) -> Tensor:
     x, t = _wide(x, t, weight)
-    return _weighted(torch_huber_loss(x, t, reduction="none", delta=scalars[0]), weight)
+    return _weighted(torch_huber_loss(x, t, int(Reduction.NONE), scalars[0]), weight)
 
 
 def _mse_kernels() -> tuple[object, object]:
