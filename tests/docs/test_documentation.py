@@ -44,7 +44,7 @@ def public_names(module: ModuleType) -> Iterator[str]:
         if isinstance(value, ModuleType):
             if value not in (gk.functional, gk.nn):  # all of whose names the package has too
                 yield from public_names(value)
-        elif name != "__version__":
+        elif name != "__version__" and (module is gk or name not in gk.__all__):
             yield f"{module.__name__}.{name}"
 
 
