@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import genloss_kernels as gk
-from genloss_kernels.cases import GAN_KINDS
+from genloss_kernels.cases.adversarial import GAN_KINDS
 
 from . import oracles
 from .judging import WIDTHS, Loss, Recipe, recipes
