@@ -11,6 +11,7 @@ from torch._C import (
     _AutoDispatchBelowAutograd,  # pyright: ignore[reportAttributeAccessIssue]
     _len_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
 )
+from torch._C._functorch import is_legacy_batchedtensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -56,5 +57,12 @@ def unwatched(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _plain(tensor: Tensor | None) -> bool:
-    """Whether the tensor's memory holds its values: a lazy negation or zero is resolved by the dispatcher alone."""
-    return tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor())
+    """Whether the tensor's memory holds its values: a lazy negation or zero, or a batch, only the dispatcher resolves."""
+    if tensor is None:
+        return True
+    return type(tensor) in _PLAIN and not (tensor.is_neg() or tensor._is_zerotensor() or batched(tensor))
+
+
+def batched(gradient: Tensor) -> bool:
+    """Whether this is a batch of upstream gradients that looks like one of them: ``is_grads_batched``."""
+    return is_legacy_batchedtensor(gradient)

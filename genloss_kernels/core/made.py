@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backend
 from .elementwise import arithmetic, divisor_of
 from .formulas import Scalars, blocks, formulas_of, reduced
-from .library import unwatched
+from .library import batched, unwatched
 from .reduction import Reduction
 from .scratch import Scratch
 
@@ -94,7 +94,7 @@ class MadeInForward(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             made = [gradient for given in _terms(ctx, tensors) for gradient in _make(*given)[1]]
-        of_sum, *own = (None if g is None else g.item() for g in upstreams)
+        of_sum, *own = map(_number, upstreams)
         result: list[Tensor | None] = []
         for k, part in enumerate(ctx.parts):
             asked = [] if of_sum is None else [of_sum * part.factor]
@@ -111,7 +111,14 @@ def _terms(ctx: Any, tensors: Sequence[Tensor | None]) -> list[tuple[Part, Seque
     return [(part, tensors[place], needed[place]) for part, place in zip(ctx.parts, places, strict=True)]
 
 
-def _scaled(gradient: Tensor, factor: float) -> Tensor:
+def _number(upstream: Tensor | None) -> Any:
+    """Its value, but of a batch, as ``is_grads_batched`` makes one, which has several."""
+    return upstream if upstream is None or batched(upstream) else upstream.item()
+
+
+def _scaled(gradient: Tensor, factor: Any) -> Tensor:
+    if isinstance(factor, Tensor):
+        return gradient * factor
     return gradient if factor == 1.0 else gradient.mul_(factor)
 
 

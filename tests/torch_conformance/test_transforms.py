@@ -323,6 +323,20 @@ def test_gradgradcheck(example: Example, path: str, small: str, device: torch.de
     assert gradgradcheck(function, tensors, fast_mode=path == "triton")
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@every_route
+@examples(but=(BY_REFERENCE,))
+def test_batched_upstream_gradients(example: Example, path: str, small: str, device: torch.device) -> None:
+    """By ``is_grads_batched``, as ``torch.autograd.functional.jacobian`` with ``vectorize=True`` asks for them."""
+    function, leaves = example.problem(device)
+    loss = function(*leaves)
+    upstream = torch.randn(3, *loss.shape, dtype=loss.dtype, device=device)
+    batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for k, one in enumerate(upstream):
+        found = torch.autograd.grad(loss, leaves, one, retain_graph=True)
+        torch.testing.assert_close(tuple(b[k] for b in batched), found)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_gradcheck_of_weights_and_divisor(backend: str, device: torch.device) -> None:
     (example,) = [e for e in EXAMPLES if e.name == BY_REFERENCE]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.library import batched
 from ...core.reduction import Reduction
 from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
@@ -78,6 +79,8 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             _, *made = reduced_forward(*tensors, *ctx.scalars)
+        if batched(grad):
+            return (*_kept(tuple(g * grad for g in made), needed), *nothing)
         scale_(made, grad, triton=ctx.scalars[-1])
         return (*_kept(tuple(made), needed), *nothing)
 
