@@ -17,6 +17,7 @@ from torch import Tensor
 
 import genloss_kernels as gk
 from genloss_kernels.core.torch_losses import TORCH_LOSSES
+from genloss_kernels.integrations.torch_patch import routing
 
 # Dynamo instantiates the class itself while it traces an autograd.Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -129,6 +130,21 @@ def test_a_patch_on_top_is_left_in_place() -> None:
         F.cross_entropy = TORCH_LOSSES["cross_entropy"]
 
 
+class Overriding(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func
+
+
+def test_a_patch_below_is_not_seen_by_torchs_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stood in torch's place before is no part of torch."""
+    monkeypatch.setattr(F, "mse_loss", lambda *args, **kwargs: "theirs")
+    with gk.patch_torch():
+        assert F.mse_loss(X.as_subclass(Overriding), X) is TORCH_LOSSES["mse_loss"]
+    assert F.mse_loss(X, X) == "theirs"
+    monkeypatch.undo()
+
+
 def _module(name: str, **names: Any) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(names)
@@ -179,8 +195,9 @@ def test_names_bound_under_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
         module = _module("bound_under", criterion=F.cross_entropy)
         monkeypatch.setitem(sys.modules, "bound_under", module)
         module.criterion(X, Y)
-    assert ours(patch) == 1
+    before = routing.counts()
     torch.testing.assert_close(module.criterion(X, Y), F.cross_entropy(X, Y))
+    assert routing.counts() == before, "a wrapper ran ours when no patch was in force"
     assert ours(patch) == 1
     with gk.patch_torch() as again:
         module.criterion(X, Y)
@@ -381,9 +398,9 @@ seen = []
 def compiler(module, _):
     seen.append([str(node.target) for node in module.graph.nodes])
     return module
-loss = torch.compile(lambda x, y: F.cross_entropy(x, y), backend=compiler, fullgraph=True)
 x, y = torch.randn(4, 5, requires_grad=True), torch.arange(4)
 with gk.patch_torch():
+    loss = torch.compile(lambda x, y: F.cross_entropy(x, y), backend=compiler, fullgraph=True)
     loss(x, y)
 loss(x, y)
 assert "autograd_function_apply" in seen[0], seen

@@ -572,6 +572,17 @@ def test_autocast_mixes_dtypes(case: str, wide: str, patch: Any) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("case", ["squares", "logits", "chances", "probabilities", "huber"])
+def test_autocast_leaves_double_precision_to_torch(case: str, patch: Any) -> None:
+    name, make, keywords = CALLS[case]
+    first, second, *_ = make(Draw(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _outcome(getattr(F, name), (first, second.double()), keywords)
+        expected = _outcome(TORCH_LOSSES[name], (first, second.double()), keywords)
+    assert found == expected
+    assert _reasons(patch) == {MIXED}
+
+
 def test_bad_values_raise_what_torch_raises(patch: Any) -> None:
     """These are seen when ours looks at them, which is after the choice."""
     for name, arguments in (
