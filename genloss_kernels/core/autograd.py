@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -16,3 +18,10 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def apart(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Views in which a backward may differentiate again: where one operand depends on another, or is the same tensor, a
+    path from this one to that belongs to whoever asked for the gradient, and would be counted twice.
+    """
+    return [t if t is None else t.view_as(t) for t in tensors]

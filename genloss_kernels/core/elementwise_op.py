@@ -221,6 +221,7 @@ class Elementwise(torch.autograd.Function):
             return (None,) * 14
         needed = [ctx.needs_input_grad[i] for i in range(1, 5)]
         if torch.is_grad_enabled():
+            tensors = autograd.apart(tensors)
             value = reduced(ctx.loss, tensors, mask, ctx.scalars, ctx.flags, Reduction(ctx.reduction))
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(value, wanted, grad.to(value.dtype), create_graph=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .autograd import apart
 from .elementwise import arithmetic, divisor_of
 from .formulas import Scalars, blocks, formulas_of, reduced
 from .library import batched, unwatched
@@ -91,7 +92,9 @@ class MadeInForward(torch.autograd.Function):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable(ctx.parts, tensors, needed, upstreams)
-        made, ctx.made = ctx.made, None
+        made = ctx.made
+        if not torch.compiler.is_compiling():  # where what is written to the context may be lost
+            ctx.made = None
         if made is None:
             made = [gradient for given in _terms(ctx, tensors) for gradient in _make(*given)[1]]
         of_sum, *own = map(_number, upstreams)
@@ -112,8 +115,10 @@ def _terms(ctx: Any, tensors: Sequence[Tensor | None]) -> list[tuple[Part, Seque
 
 
 def _number(upstream: Tensor | None) -> Any:
-    """Its value, but of a batch, as ``is_grads_batched`` makes one, which has several."""
-    return upstream if upstream is None or batched(upstream) else upstream.item()
+    """Its value, but of a batch, which has several, and not to a compiler."""
+    if upstream is None or torch.compiler.is_compiling() or batched(upstream):
+        return upstream
+    return upstream.item()
 
 
 def _scaled(gradient: Tensor, factor: Any) -> Tensor:
@@ -125,6 +130,7 @@ def _scaled(gradient: Tensor, factor: Any) -> Tensor:
 def _differentiable(
     parts: Sequence[Part], tensors: Sequence[Tensor | None], needed: Sequence[bool], upstreams: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
+    tensors = apart(tensors)
     values = [
         reduced(part.loss, tensors[k * _OPERANDS :][:_OPERANDS], None, part.scalars, part.flags, part.reduction)
         for k, part in enumerate(parts)

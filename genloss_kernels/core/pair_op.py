@@ -205,6 +205,8 @@ class Pair(torch.autograd.Function):
         if not any(needed):
             result = [None] * 4
         elif torch.is_grad_enabled():
+            a, b, c, d = tensors = autograd.apart(tensors)
+            terms = terms[0]._replace(a=a, b=b), terms[1]._replace(a=c, b=d)
             given = [(v, g.to(v.dtype)) for v, g in zip(composed(*terms, rule), upstreams, strict=True) if g is not None]
             wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad([v for v, _ in given], wanted, [g for _, g in given], create_graph=True))

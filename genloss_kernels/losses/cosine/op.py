@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.elementwise import arithmetic
 from ...core.launch import ELEMENTWISE_TILES, launch
 from ...core.library import register
@@ -170,6 +171,7 @@ class CosineEmbedding(torch.autograd.Function):
             return (None,) * 7
         needed = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
+            input1, input2 = autograd.apart((input1, input2))
             loss = reference.composed(input1, input2, target, ctx.margin, Reduction(ctx.reduction))
             wanted = [x for x, need in zip((input1, input2), needed, strict=True) if need]
             found = iter(torch.autograd.grad(loss, wanted, grad.to(loss.dtype), create_graph=True))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.autograd import apart
 from ...core.launch import WHOLE_ROW, launch
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator, kernel_dtype, launch_reduction
@@ -438,6 +439,7 @@ def _reference_gradients(
     options: Options, grads: tuple[Tensor | None, ...], need_logits: bool, need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Differentiable gradients: the reference's, so that they can be differentiated again."""
+    logits, target = apart((logits, target))
     loss, rows = reference.cross_entropy(logits, target, weight, row_weight, divisor, options)
     outputs = (loss, rows.lse, rows.log_prob, rows.entropy)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

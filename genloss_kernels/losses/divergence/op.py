@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.launch import PAIR_ROW_TILES, SCATTERED_PAIR_ROW_TILE, WHOLE_ROW, Tile, held_row_tile, launch
 from ...core.library import register
 from ...core.reduction import kernel_dtype, launch_reduction
@@ -237,6 +238,7 @@ class Divergence(torch.autograd.Function):
         if grad_loss is None:
             return None, None, *nothing
         if torch.is_grad_enabled():
+            input, target = autograd.apart((input, target))
             loss = reference.divergence(input, target, options)
             wanted = [t for t, need in ((input, need_input), (target, need_target)) if need]
             found = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.autograd import apart
 from ...core.reduction import Reduction, accumulator
 from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
@@ -123,7 +124,7 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
         options = Options(*formula, reduction=Reduction.NONE, stats=stats)
         arguments = (needed_of(needed), directions, ctx.needs_input_grad[:10])
         if torch.is_grad_enabled():
-            found = _derivatives(ctx.saved_tensors, options, *arguments, create_graph=True)
+            found = _derivatives(apart(ctx.saved_tensors), options, *arguments, create_graph=True)
         else:
             found = _in_chunks(ctx.saved_tensors, options, most, *arguments)
         return (*found, *nothing)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.library import batched
+from ...core.handover import hand_over, keep
 from ...core.reduction import Reduction
-from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
 from .chunks import Head
 from .derivatives import LinearCrossEntropyGradients, upstream_of_rows
@@ -51,20 +50,14 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.scalars = inputs[7:]
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*inputs[:7], *output[1:])
-            ctx.made = None
-        else:
-            ctx.save_for_backward(*inputs[:7])
-            ctx.made = output[1:]
+        keep(ctx, inputs[:7], output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, nothing = grads[0], (None,) * (3 + len(ctx.scalars))
         if grad is None:
             return (None,) * 4 + nothing
-        saved = ctx.saved_tensors
-        tensors, stored = saved[:7], saved[7:]
+        tensors = ctx.saved_tensors[:7]
         needed = needed_of(ctx.scalars[9])
         if torch.is_grad_enabled():
             *formula, divisor, reduction, most, sum_dtype, mask, _, triton = ctx.scalars
@@ -74,15 +67,8 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
                 *tensors[:6], rows, None, None, None, *formula, False, most, sum_dtype, mask, triton
             )
             return (*_kept(made, needed), *nothing)
-        if stored:
-            return (*_kept(tuple(g * grad for g in stored), needed), *nothing)
-        made, ctx.made = ctx.made, None
-        if made is None:
-            _, *made = reduced_forward(*tensors, *ctx.scalars)
-        if batched(grad):
-            return (*_kept(tuple(g * grad for g in made), needed), *nothing)
-        scale_(made, grad, triton=ctx.scalars[-1])
-        return (*_kept(tuple(made), needed), *nothing)
+        made = hand_over(ctx, 7, grad, lambda: reduced_forward(*tensors, *ctx.scalars)[1:], triton=ctx.scalars[-1])
+        return (*_kept(made, needed), *nothing)
 
 
 class LinearCrossEntropyRows(torch.autograd.Function):

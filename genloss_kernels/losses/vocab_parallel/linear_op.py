@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.handover import hand_over, keep
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator
-from ...core.scaling import scale_
 from ..cross_entropy.reference import Options
 from ..linear_cross_entropy.chunks import Gradients
 from ..linear_cross_entropy.chunks import Head as LinearHead
@@ -176,12 +176,7 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.scalars, ctx.reduce_input_grad = inputs[7:-1], inputs[-1]
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*inputs[:7], *output[1:])
-            ctx.made = None
-        else:
-            ctx.save_for_backward(*inputs[:7])
-            ctx.made = output[1:]
+        keep(ctx, inputs[:7], output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -191,15 +186,9 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
         needed, triton, group = ctx.scalars[9], ctx.scalars[11], ctx.scalars[-1]
-        tensors, stored = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        if stored:
-            made = tuple(g * grad for g in stored)
-        else:
-            made, ctx.made = ctx.made, None
-            if made is None:
-                _, *made = _reduced_forward(*tensors, *ctx.scalars)
-            scale_(made, grad, triton=triton)
-        return *_finished(tuple(made), needed, group, ctx.reduce_input_grad), *nothing
+        tensors = ctx.saved_tensors[:7]
+        made = hand_over(ctx, 7, grad, lambda: _reduced_forward(*tensors, *ctx.scalars)[1:], triton=triton)
+        return *_finished(made, needed, group, ctx.reduce_input_grad), *nothing
 
 
 class VocabParallelLinearRows(torch.autograd.Function):

@@ -1,0 +1,37 @@
+"""Gradients that a forward made: kept until the first backward, which scales them in place and hands them over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import batched
+from .scaling import scale_
+
+
+def keep(ctx: Any, operands: Sequence[Tensor | None], made: tuple[Tensor, ...]) -> None:
+    """Save ``operands`` and, where no compiler must see them among these, the gradients beside them."""
+    compiling = torch.compiler.is_compiling()
+    ctx.save_for_backward(*operands, *(made if compiling else ()))
+    ctx.made = None if compiling else made
+
+
+def hand_over(
+    ctx: Any, n_operands: int, grad: Tensor, make: Callable[[], Sequence[Tensor]], *, triton: bool
+) -> tuple[Tensor, ...]:
+    """The gradients times ``grad``; what the forward made is given away once, and after that made again."""
+    stored = ctx.saved_tensors[n_operands:]
+    if stored:
+        return tuple(g * grad for g in stored)
+    made, compiling = ctx.made, torch.compiler.is_compiling()
+    if not compiling:  # where what is written to the context may be lost
+        ctx.made = None
+    if made is None:
+        made = make()
+    if compiling or batched(grad):
+        return tuple(g * grad for g in made)
+    scale_(made, grad, triton=triton)
+    return tuple(made)
