@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
+import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
@@ -16,6 +19,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import genloss_kernels as gk
+from genloss_kernels.core import made
 from genloss_kernels.core.reduction import Reduction, accumulator
 from genloss_kernels.losses.binary_cross_entropy.reference import NAME as BINARY
 from genloss_kernels.losses.divergence.reference import Kind
@@ -323,6 +327,41 @@ def test_gradgradcheck(example: Example, path: str, small: str, device: torch.de
     assert gradgradcheck(function, tensors, fast_mode=path == "triton")
 
 
+@every_route
+@examples(but=(BY_REFERENCE,))
+def test_operands_that_depend_on_one_another(example: Example, path: str, small: str, device: torch.device) -> None:
+    """A path from one operand into another was counted twice where the gradient was to be differentiated again."""
+    function, leaves = example.problem(device, rows=2)
+
+    def dependent(first: Tensor, *others: Tensor) -> Tensor:
+        factor = 1.0 - 0.1 * first.square().mean()
+        return function(first, *(t * factor for t in others))
+
+    loss = dependent(*leaves)
+    upstream = torch.randn_like(loss)
+    plain, again = (
+        torch.autograd.grad(loss, leaves, upstream, retain_graph=True, create_graph=create) for create in (False, True)
+    )
+    torch.testing.assert_close(plain, tuple(g.detach() for g in again))
+    assert gradgradcheck(dependent, leaves, fast_mode=path == "triton")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_third_derivatives_of_a_linear_layer_through_its_upstream(reduction: str) -> None:
+    """The second derivative is the same whether it is used or differentiated, with an upstream that depends on the input."""
+    x, weight = torch.randn(300, 4, dtype=torch.float64).requires_grad_(), torch.randn(6, 4, dtype=torch.float64)
+    target = torch.randint(6, (300,))
+    with gk.backend("eager"):
+        loss = gk.linear_cross_entropy(
+            x, weight, target, reduction=reduction, options=gk.LinearCrossEntropyOptions(batch_chunk_size=64)
+        )
+        (first,) = torch.autograd.grad(loss.square().sum(), x, create_graph=True)
+        used, kept = (
+            torch.autograd.grad(first.cos().sum(), x, retain_graph=True, create_graph=create)[0] for create in (False, True)
+        )
+    torch.testing.assert_close(used, kept.detach())
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @every_route
 @examples(but=(BY_REFERENCE,))
@@ -344,6 +383,35 @@ def test_gradcheck_of_weights_and_divisor(backend: str, device: torch.device) ->
     with gk.backend(backend):
         assert gradcheck(function, tensors)
         assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["compiled step", "region"])
+@pytest.mark.parametrize("name", ["mse_loss", "vae_loss", "linear_cross_entropy", "js_div_with_logits"])
+def test_compiled_backward_of_a_retained_graph(name: str, how: str) -> None:
+    """Compiled autograd scaled what the forward had made, again at each backward."""
+    x, other = torch.randn(300, 8).requires_grad_(), torch.randn(300, 8)
+    loss = {
+        "mse_loss": lambda: made.apply(
+            (made.Part("mse_loss", (0.0, 0.0, 0.0), 0, Reduction.MEAN),), x.dtype, (x, other, None, None)
+        )[0],
+        "vae_loss": lambda: gk.vae_loss(x, other, other[:, :2], other[:, 2:4]).loss,
+        "linear_cross_entropy": lambda: gk.linear_cross_entropy(x, torch.randn(999, 8), torch.randint(999, (300,))),
+        "js_div_with_logits": lambda: gk.js_div_with_logits(x, other),
+    }[name]() * 8.0
+    (wanted,) = torch.autograd.grad(loss, x, retain_graph=True)
+    with torch._dynamo.config.patch(compiled_autograd=how == "compiled step"):
+        compiled = torch.compile(lambda: loss.backward(retain_graph=True), backend="eager")
+        region = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+        with contextlib.nullcontext() if how == "compiled step" else region:
+            for _ in range(3):
+                x.grad = None
+                compiled() if how == "compiled step" else loss.backward(retain_graph=True)
+                torch.testing.assert_close(x.grad, wanted)
+    x.grad = None
+    loss.backward()
+    torch.testing.assert_close(x.grad, wanted)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "gaussian_kl"])
