@@ -633,3 +633,29 @@ def test_a_rule_has_its_functions_signature(rule: str) -> None:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
     assert shape(getattr(rules, rule)) == shape(TORCH_LOSSES[rule])
+
+
+def test_what_inference_mode_made_goes_to_torch_where_something_learns(patch: Any) -> None:
+    """Ours saves operands that torch's L1 loss does not, and such a tensor cannot be saved."""
+    with torch.inference_mode():
+        teacher = torch.randn(2**18)
+    x = torch.randn(2**18).requires_grad_()
+    F.l1_loss(x, teacher).backward()
+    assert x.grad is not None
+    assert _reasons(patch) == {"a tensor of inference mode"}
+
+
+def test_labels_of_bytes_in_several_dimensions_are_torchs_to_refuse(patch: Any) -> None:
+    with pytest.raises(RuntimeError, match="Byte"):
+        F.cross_entropy(torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.uint8))
+    assert _reasons(patch) == {"labels of uint8 in several dimensions"}
+
+
+@pytest.mark.skipif("linear_cross_entropy" not in TORCH_LOSSES, reason="this torch has no linear cross entropy")
+def test_chunks_under_autocast_go_to_torch(patch: Any) -> None:
+    """Whose chunks keep the operands' dtype."""
+    x, weight, target = torch.randn(6, 4).bfloat16(), torch.randn(6, 4).bfloat16(), torch.randint(0, 6, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+    assert found.dtype == torch.bfloat16
+    assert _reasons(patch) == {"options of torch's own chunks"}

@@ -421,3 +421,10 @@ def test_same_bits_every_time(path: str) -> None:
     """Partial sums are added in a fixed order."""
     arguments = _arguments(aligned(3, 3 * BLOCK))
     assert len({bce(**arguments).item() for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("weights", [{"weight": torch.zeros(1)}, {"pos_weight": torch.zeros(1)}, {}])
+def test_a_coefficient_of_0_does_not_hide_nan(path: str, weights: dict[str, Tensor]) -> None:
+    for target in (0.0, 1.0):
+        x = torch.full((1,), math.nan)
+        assert gk.binary_cross_entropy_with_logits(x, torch.full((1,), target), reduction="none", **weights).isnan()

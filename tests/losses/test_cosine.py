@@ -273,3 +273,10 @@ def test_module(path):
     assert isinstance(module, torch.nn.CosineEmbeddingLoss)
     x, y, labels = torch.randn(5, 4), torch.randn(5, 4), _labels(5)
     torch.testing.assert_close(module(x, y, labels), torch.nn.CosineEmbeddingLoss(0.3, reduction="sum")(x, y, labels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_no_pairs(dtype: torch.dtype) -> None:
+    x = torch.randn(0, 3, dtype=dtype).requires_grad_()
+    (found,) = torch.autograd.grad(gk.cosine_embedding_loss(x, x.detach(), torch.ones(0)), x)
+    assert found.shape == x.shape

@@ -1006,3 +1006,9 @@ def test_known_failure_half_precision_targets_beside_double(path: str) -> None:
     (found,) = torch.autograd.grad(gk.cross_entropy(logits, target), target)
     (wanted,) = torch.autograd.grad(gk.cross_entropy(logits, exact), exact)
     torch.testing.assert_close(found.double(), wanted, rtol=2.0**-7, atol=1e-9)
+
+
+def test_smoothed_probabilities_of_no_classes() -> None:
+    empty = torch.zeros(3, 0)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    assert gk.cross_entropy(empty, empty, **options) == F.cross_entropy(empty, empty, **options)

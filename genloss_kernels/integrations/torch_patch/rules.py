@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.reduction import autocasting
 from .tensors import LABELS, SHAPES, learned, mixed, narrow_autocast, shapes_differ, unfit
 
 ODD = "an option out of the ordinary"
@@ -40,6 +41,8 @@ def _labels(input: Tensor, target: Tensor) -> str | None:
     shape = tuple(input.shape)
     if not shape or not shape[min(1, len(shape) - 1)]:
         return "no classes"
+    if target.dtype == torch.uint8 and len(shape) > 2:
+        return "labels of uint8 in several dimensions"
     rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
     return None if tuple(target.shape) == rows else SHAPES
 
@@ -76,6 +79,8 @@ def cross_entropy(
     probabilities = target.is_floating_point()
     if probabilities and (input.dim() == 0 or ignore_index >= 0):
         return ODD
+    if probabilities and not input.size(min(1, input.dim() - 1)):
+        return "no classes"
     return (
         mixed(input, target if probabilities else None, weight)
         or (shapes_differ(input, target) if probabilities else _labels(input, target))
@@ -105,6 +110,8 @@ def linear_cross_entropy(
     reason = unfit(input, linear_weight, target, optional=(linear_bias, weight))
     if reason is not None:
         return reason
+    if target.dtype == torch.uint8:
+        return "labels of uint8"
     if linear_weight.dim() != 2 or not linear_weight.numel() or input.dim() not in (1, 2):
         return "a K-dimensional or empty layer, or an input of other dimensions"
     if input.size(-1) != linear_weight.size(1) or (linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]):
@@ -132,7 +139,7 @@ def _chunks(target: Tensor, label_smoothing: Any, options: Any) -> str | None:
     """torch's chunks take fewer options than ours, and warn where they are not used."""
     if options is None:
         return None
-    known = type(options) is _LinearCrossEntropyOptions and options.acc_dtype is None
+    known = type(options) is _LinearCrossEntropyOptions and options.acc_dtype is None and not autocasting(target.device)
     return None if known and not label_smoothing and target.dtype == torch.int64 else "options of torch's own chunks"
 
 

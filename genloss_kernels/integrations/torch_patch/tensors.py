@@ -53,6 +53,8 @@ def _surroundings(tensors: tuple[Tensor, ...]) -> str | None:
         # Dynamo does not trace an autograd.Function that is given one tensor twice.
         twice = any(a is b for place, a in enumerate(tensors) for b in tensors[:place])
         return "one tensor in two places, compiled" if twice else None
+    if torch.is_grad_enabled() and any(t.is_inference() for t in tensors):
+        return "a tensor of inference mode"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     if backend.transformed(*tensors):

@@ -24,7 +24,9 @@ def binary_cross_entropy_value(x, t, weight, pos_weight, smoothing, s1, s2, FLAG
     a, b = _coefficients(t, weight, pos_weight, smoothing)
     above, below, _, _ = softplus_sigmoid(x)
     # A term with coefficient 0 is 0 at an infinite logit, where the product would be NaN.
-    return tl.where(a == 0.0, 0.0, a * above) + tl.where(b == 0.0, 0.0, b * below)
+    INFINITY: tl.constexpr = float("inf")
+    value = tl.where((a == 0.0) & (above == INFINITY), 0.0, a * above)
+    return value + tl.where((b == 0.0) & (below == INFINITY), 0.0, b * below)
 
 
 @triton.jit

@@ -95,7 +95,7 @@ def _backward(
         torch.empty(first.shape, dtype=x.dtype if x.numel() == first.numel() else acc, device=device) if need else None
         for x, need in zip((input1, input2), needed, strict=True)
     ]
-    divisor = _divisor(n_rows, reduction)
+    divisor = _divisor(max(1, n_rows), reduction)
     if triton:
         from .kernels import _cosine_backward_kernel
 

@@ -57,7 +57,7 @@ def smoothed(target: Tensor, weight: Tensor | None, dim: int, options: Options, 
     """Coefficients of the log-probabilities for class probabilities."""
     q = target.to(dtype)
     if options.label_smoothing:
-        q = q * (1.0 - options.label_smoothing) + options.label_smoothing / target.size(dim)
+        q = q * (1.0 - options.label_smoothing) + options.label_smoothing / max(1, target.size(dim))
     return q if weight is None else q * along(weight, target, dim)
 
 
