@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import genloss_kernels as gk
@@ -23,11 +23,15 @@ from .tally import EXAMPLES, FAILED, INVARIANT, NARROW, WIDE, Tally
 _FEW = 4 if INTERPRETED else 24
 _ASKED = int(os.environ.get(EXAMPLES, "0"))
 
+# Shrinking an example would take the interpreter minutes.
+_PHASES = (Phase.generate,) if INTERPRETED else (Phase.generate, Phase.shrink)
+
 PROFILE = settings(
     max_examples=_ASKED or _FEW,
     derandomize=not _ASKED,
     database=None,
     deadline=None,
+    phases=_PHASES,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 

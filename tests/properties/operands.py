@@ -12,8 +12,10 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Of normal numbers: among them equal ones, close ones, and ones that leave a softmax one class.
+# Of normal numbers: among them equal ones, close ones, and ones that leave a softmax one class; and of those on a grid.
 SCALES = (1.0, 0.0, 2.0**-10, 4.0, 32.0)
+UNEVEN_SCALES = SCALES[:1] + SCALES[2:]
+GRID_SCALES = SCALES[:1] + SCALES[3:]
 OFFSETS = (0.0, 0.0, 40.0, -40.0)
 
 

@@ -18,12 +18,11 @@ from genloss_kernels.testing import tolerance
 
 from . import oracles
 from .judging import WIDTHS, Loss, Recipe, recipes, vanish
-from .operands import SCALES, Values, normal, operands
+from .operands import GRID_SCALES, UNEVEN_SCALES, Values, normal, operands
 from .shapes import Among, dtypes, narrower, row_shapes, shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 
-UNEVEN = tuple(scale for scale in SCALES if scale)
 REDUCTIONS = st.sampled_from(("batchmean", "mean", "sum", "none"))
 BOTH = ("input", "target")
 
@@ -58,9 +57,9 @@ def of_logits(
     shape = draw(row_shapes(wide=wide))
     kinds = draw(dtypes(len(names), among))
     # Of even odds on both sides the results are 0, and all that there is to compare is rounding.
-    uneven = range(len(shape) - 1)
+    uneven, scales = range(len(shape) - 1), GRID_SCALES if kind == "grid" else UNEVEN_SCALES
     given = {
-        name: operands(shape, dtype, draw(normal(kind, UNEVEN)), expandable=uneven)
+        name: operands(shape, dtype, draw(normal(kind, scales)), expandable=uneven)
         for name, dtype in zip(names, kinds, strict=True)
     }
     return draw(recipes(given, {"reduction": REDUCTIONS} | options, names))
@@ -204,7 +203,10 @@ def test_invariant(name: str, hold: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("name", _OF_LOGITS)
 def test_bounds(name: str, explore: Callable[..., None]) -> None:
-    """No divergence is negative; an entropy is at most that of even odds, a Jensen-Shannon divergence that of beta."""
+    """No divergence is negative; an entropy is at most that of even odds, a Jensen-Shannon divergence that of beta.
+
+    Of two certain distributions the rounding of 1 may be more than the divergence; it is computed in float64.
+    """
     loss = LOSSES[name]
 
     def check(arguments: dict[str, Any]) -> bool:
@@ -215,8 +217,11 @@ def test_bounds(name: str, explore: Callable[..., None]) -> None:
         elif name.startswith("js"):
             beta, temperature = arguments["beta"], arguments["temperature"]
             most = -(temperature**2) * (beta * math.log(beta) + (1.0 - beta) * math.log1p(-beta))
-        row = tolerance(found.dtype)
-        return bool(((found >= 0.0) & (found.double() <= most * (1.0 + row.storage + 4 * row.arithmetic))).all())
+        row, least = (
+            tolerance(found.dtype),
+            -4 * tolerance(torch.float64).arithmetic * arguments.get("temperature", 1.0) ** 2,
+        )
+        return bool(((found >= least) & (found.double() <= most * (1.0 + row.storage + 4 * row.arithmetic))).all())
 
     explore(name, loss, check)
 
