@@ -20,10 +20,12 @@ def keep(ctx: Any, operands: Sequence[Tensor | None], made: tuple[Tensor, ...]) 
 
 
 def hand_over(
-    ctx: Any, n_operands: int, grad: Tensor, make: Callable[[], Sequence[Tensor]], *, triton: bool
+    ctx: Any, stored: Sequence[Tensor], grad: Tensor, make: Callable[[], Sequence[Tensor]], *, triton: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients times ``grad``; what the forward made is given away once, and after that made again."""
-    stored = ctx.saved_tensors[n_operands:]
+    """The gradients times ``grad``; what the forward made is given away once, and after that made again.
+
+    ``stored`` is what was saved beside the operands, which checkpointing lets a backward read but once.
+    """
     if stored:
         return tuple(g * grad for g in stored)
     made, compiling = ctx.made, torch.compiler.is_compiling()

@@ -57,7 +57,8 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         grad, nothing = grads[0], (None,) * (3 + len(ctx.scalars))
         if grad is None:
             return (None,) * 4 + nothing
-        tensors = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors
+        tensors, stored = saved[:7], saved[7:]
         needed = needed_of(ctx.scalars[9])
         if torch.is_grad_enabled():
             *formula, divisor, reduction, most, sum_dtype, mask, _, triton = ctx.scalars
@@ -67,7 +68,7 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
                 *tensors[:6], rows, None, None, None, *formula, False, most, sum_dtype, mask, triton
             )
             return (*_kept(made, needed), *nothing)
-        made = hand_over(ctx, 7, grad, lambda: reduced_forward(*tensors, *ctx.scalars)[1:], triton=ctx.scalars[-1])
+        made = hand_over(ctx, stored, grad, lambda: reduced_forward(*tensors, *ctx.scalars)[1:], triton=ctx.scalars[-1])
         return (*_kept(made, needed), *nothing)
 
 

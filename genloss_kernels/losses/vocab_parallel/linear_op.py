@@ -186,8 +186,9 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
         needed, triton, group = ctx.scalars[9], ctx.scalars[11], ctx.scalars[-1]
-        tensors = ctx.saved_tensors[:7]
-        made = hand_over(ctx, 7, grad, lambda: _reduced_forward(*tensors, *ctx.scalars)[1:], triton=triton)
+        saved = ctx.saved_tensors
+        tensors, stored = saved[:7], saved[7:]
+        made = hand_over(ctx, stored, grad, lambda: _reduced_forward(*tensors, *ctx.scalars)[1:], triton=triton)
         return *_finished(made, needed, group, ctx.reduce_input_grad), *nothing
 
 
