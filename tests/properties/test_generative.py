@@ -83,7 +83,14 @@ def _sides(
 def _discriminator(kind: str) -> Loss:
     names, options = ("real", "fake"), {"kind": st.just(kind)}
     function, oracle, alike = gk.gan_discriminator_loss, oracles.gan_discriminator_loss, kind == "relativistic"
-    return Loss(function, oracle, lambda wide, **rest: _sides(wide, names, options, alike, **rest), names)
+    return Loss(
+        function,
+        oracle,
+        lambda wide, **rest: _sides(wide, names, options, alike, **rest),
+        names,
+        # A difference of two means.
+        products=kind == "wasserstein",
+    )
 
 
 @st.composite
@@ -127,7 +134,7 @@ LOSSES = {
     ),
     "r1_penalty": _penalty(gk.r1_penalty, oracles.r1_penalty, gamma=st.sampled_from((10.0, 0.0, 2.0))),
     "contrastive_divergence_loss": Loss(
-        gk.contrastive_divergence_loss, oracles.contrastive_divergence_loss, _energies, ENERGIES
+        gk.contrastive_divergence_loss, oracles.contrastive_divergence_loss, _energies, ENERGIES, products=True
     ),
 }  # fmt: skip
 

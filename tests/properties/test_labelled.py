@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import genloss_kernels as gk
 
 from . import blocks, oracles
 from .judging import WIDTHS, Loss, Recipe, recipes, vanish
-from .operands import DTYPES, Operand, Values, normal, operands
+from .operands import DTYPES, GRID_SCALES, Operand, Values, normal, operands
 from .shapes import class_shapes
 
 REDUCTIONS = st.sampled_from(("mean", "sum", "none"))
@@ -63,7 +64,7 @@ def _cross_entropy(
     draw: st.DrawFn,
     wide: bool,
     probabilities: bool,
-    values: Callable[[], st.SearchStrategy[Values]] = normal,
+    values: Callable[..., st.SearchStrategy[Values]] = normal,
     among: tuple[torch.dtype, ...] = DTYPES,
     **fixed: Any,
 ) -> Recipe:
@@ -71,12 +72,18 @@ def _cross_entropy(
     place = min(1, len(shape) - 1)
     n_classes, rows = shape[place], (*shape[:place], *shape[place + 1 :])
     dtype = draw(st.sampled_from(among))
-    given = {"input": operands(shape, dtype, draw(values()))}
     options = LOSS_OPTIONS | fixed | (ONE_CLASS if n_classes == 1 else {})
+    options["label_smoothing"] = st.just(smoothing := draw(options["label_smoothing"]))
+    # Even odds on both sides leave nothing to compare but rounding.
+    uneven = [d for d in range(len(shape)) if d != place]
+    if smoothing == 1.0:
+        given = {"input": operands(shape, dtype, draw(values(scales=GRID_SCALES)), expandable=uneven)}
+    else:
+        given = {"input": operands(shape, dtype, draw(values()))}
     if probabilities:
         other = draw(st.sampled_from((dtype, dtype, *among)))
         mass = Values("distribution", draw(st.sampled_from((1.0, 8.0))), dim=place)
-        given["target"] = operands(shape, other, mass)
+        given["target"] = operands(shape, other, mass, expandable=uneven)
     else:
         target, ignore_index = draw(_labels(rows, n_classes))
         given["target"] = st.just(target)
@@ -131,18 +138,19 @@ def _linear(
     width, n_classes = draw(st.sampled_from((3, 1, 8, 17))), draw(st.sampled_from((7, 1, 2, 33, 65)))
     inner = (3,) if len(rows) == 1 and not several and draw(st.integers(0, 7)) == 7 else ()
     layer = (n_classes, *inner)
-    scale = draw(st.sampled_from((1.0, 0.0, 4.0)))
+    scale = draw(st.sampled_from((1.0, 2.0**-10, 4.0)))
+    # Of classes that differ: even odds on both sides leave nothing to compare but rounding.
     given = {
         "input": operands((*rows, width), dtype, Values(scale=scale)),
-        "linear_weight": operands((*layer, width), dtype, Values(scale=0.5)),
+        "linear_weight": operands((*layer, width), dtype, Values(scale=0.5), expandable=(1, 2)),
     }
     if draw(st.booleans()):
-        given["linear_bias"] = operands(layer, dtype, Values())
+        given["linear_bias"] = operands(layer, dtype, Values(), expandable=(1,))
     options = LOSS_OPTIONS | fixed | (ONE_CLASS if n_classes == 1 else {})
     differentiable = ("input", "linear_weight", "linear_bias")
     if draw(st.booleans()):
         place = 1 if inner else len(rows)
-        given["target"] = operands((*rows, *layer), dtype, Values("distribution", dim=place))
+        given["target"] = operands((*rows, *layer), dtype, Values("distribution", dim=place), expandable=range(place))
         differentiable += ("target",)
     else:
         target, ignore_index = draw(_labels((*rows, *inner), n_classes))
@@ -275,7 +283,7 @@ def _with(name: str, **fixed: Any) -> Loss:
 
 
 _LABELS, _PROBABILITIES, _LINEAR = "cross_entropy of labels", "cross_entropy of probabilities", "linear_cross_entropy"
-_ON_A_GRID = {"among": PRECISE, "values": lambda: normal("grid"), **PLAIN}
+_ON_A_GRID = {"among": PRECISE, "values": partial(normal, "grid"), **PLAIN}
 _NO_STATISTICS = {"return_stats": st.just(False)}
 
 # Ways to the same numbers.
