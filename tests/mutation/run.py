@@ -34,7 +34,7 @@ from .candidates import mutants
 from .runner import HarnessError, Runner, copy_repository
 from .sampling import draw
 from .source import Mutant, Source
-from .targets import Family, Target, find_families, find_targets
+from .targets import TEST_FOLDERS, Family, Target, find_families, find_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,7 +138,7 @@ def _measure(
     def measure_baseline(pair: Pair) -> None:
         suite, mode = pair
         if not families[suite].tests:
-            raise HarnessError(f"{suite} has no tests: none at tests/losses/test_{suite}*.py")
+            raise HarnessError(f"{suite} has no tests: none at tests/{{{','.join(TEST_FOLDERS)}}}/test_{suite}*.py")
         outcome = runner.run(list(families[suite].tests), timeout=None, mode=mode)
         if not outcome.collected:
             return

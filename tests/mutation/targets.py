@@ -9,7 +9,8 @@ from pathlib import Path
 
 PACKAGE = "genloss_kernels"
 CORE = "core"
-FAMILY_FILES = ("kernels.py", "op.py", "reference.py", "eager.py")
+TEST_FOLDERS = ("losses", "distributed")
+FAMILY_EXCLUDED = {"__init__.py", "api.py"}
 CORE_EXCLUDED = {"__init__.py", "backend.py", "checks.py", "library.py"}
 
 
@@ -31,10 +32,13 @@ class Target:
 def find_families(root: Path) -> dict[str, Family]:
     """The families by name, and under ``core`` the shared modules with the tests that are theirs alone."""
     folders = sorted(path for path in (root / PACKAGE / "losses").glob("[!_.]*") if path.is_dir())
-    files = {folder.name: _existing(root, (folder / name for name in FAMILY_FILES)) for folder in folders}
-    names = [name for name in files if files[name]]
-    tests = _tests_by_family(root, names)
-    families = {name: Family(files[name], tests[name]) for name in names}
+    tests = _tests_by_family(root, [folder.name for folder in folders])
+    families = {
+        folder.name: Family(
+            _existing(root, (path for path in folder.glob("*.py") if path.name not in FAMILY_EXCLUDED)), tests[folder.name]
+        )
+        for folder in folders
+    }
     shared = (path for path in (root / PACKAGE / CORE).glob("*.py") if path.name not in CORE_EXCLUDED)
     families[CORE] = Family(_existing(root, shared), _existing(root, (root / "tests" / CORE).rglob("test_*.py")))
     return families
@@ -44,7 +48,7 @@ def find_targets(root: Path, families: dict[str, Family], selected: Iterable[str
     """The selected families' files and the core modules they import; all of them where none is selected."""
     losses = [name for name in families if name != CORE]
     chosen = list(selected) or list(families)
-    used = {name: _imported_files(root, families[name].files) for name in losses}
+    used = {name: _imported_files(root, _existing(root, (root / PACKAGE / "losses" / name).glob("*.py"))) for name in losses}
     targets = [Target(file, (name,), _modes(root, file)) for name in chosen if name != CORE for file in families[name].files]
     for file in families[CORE].files:
         users = [name for name in losses if file in used[name] and (CORE in chosen or name in chosen)]
@@ -75,13 +79,13 @@ def _existing(root: Path, paths: Iterable[Path]) -> tuple[str, ...]:
 def _tests_by_family(root: Path, names: list[str]) -> dict[str, tuple[str, ...]]:
     """A test file belongs to the longest family name it begins with, so that ``a`` does not claim ``a_b``'s tests."""
     tests: dict[str, list[Path]] = {name: [] for name in names}
-    folder = root / "tests" / "losses"
-    for path in folder.rglob("test_*.py"):
-        relative = path.relative_to(folder)
-        label = relative.parts[0] if len(relative.parts) > 1 else relative.stem.removeprefix("test_")
-        owners = [name for name in names if label == name or label.startswith(f"{name}_")]
-        if owners:
-            tests[max(owners, key=len)].append(path)
+    for folder in (root / "tests" / name for name in TEST_FOLDERS):
+        for path in folder.rglob("test_*.py"):
+            relative = path.relative_to(folder)
+            label = relative.parts[0] if len(relative.parts) > 1 else relative.stem.removeprefix("test_")
+            owners = [name for name in names if label == name or label.startswith(f"{name}_")]
+            if owners:
+                tests[max(owners, key=len)].append(path)
     return {name: _existing(root, paths) for name, paths in tests.items()}
 
 

@@ -169,7 +169,7 @@ def test_draw_is_seeded_and_local_to_a_file() -> None:
 def test_this_repository() -> None:
     assert FAMILIES[CORE].files
     for name, family in FAMILIES.items():
-        assert family.files, name
+        assert family.tests, name
 
 
 _TOY = {
