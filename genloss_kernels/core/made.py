@@ -29,19 +29,15 @@ class Part(NamedTuple):
 
 _OPERANDS = 4
 _NOTHING = (False,) * _OPERANDS
-_DTYPES = (torch.float32, torch.float64)
 _REDUCTIONS = (Reduction.MEAN, Reduction.SUM, Reduction.BATCHMEAN)
 
 
 def fits(tensors: Sequence[Tensor | None], reduction: Reduction) -> bool:
-    """Whether a term on these operands, on the eager path, can make its gradients, and would have a use for them.
-
-    Not in half precision, in which they would be rounded before an upstream gradient is known, and once more after.
-    """
+    """Whether a term on these operands, on the eager path, can make its gradients, and would have a use for them."""
     first, *others = (t for t in tensors if t is not None)
     return (
         first.device.type == "cpu"
-        and first.dtype in _DTYPES
+        and first.is_floating_point()
         and reduction in _REDUCTIONS
         and first.numel() > 0
         and all(t.dtype == first.dtype and t.shape == first.shape for t in others)
@@ -50,23 +46,39 @@ def fits(tensors: Sequence[Tensor | None], reduction: Reduction) -> bool:
     )
 
 
-def _make(part: Part, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[float, list[Tensor | None]]:
-    """The reduced term and its gradients at an upstream gradient of 1."""
+def _make(
+    part: Part,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    upstream: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[float, list[Tensor | None]]:
+    """The reduced term and its gradients, in the dtype of the operands unless one is given."""
     first = tensors[0]
     assert first is not None
     formulas, scratch, divisor = formulas_of(part.loss), Scratch(), divisor_of(part.reduction, first.shape)
-    gradients = [torch.empty_like(t) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)]
-    count = formulas.saves(part.flags) if arithmetic(tensors) == torch.float32 else 0
+    gradients = [
+        torch.empty_like(t, dtype=dtype) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)
+    ]
+    acc = arithmetic(tensors)
+    count = formulas.saves(part.flags) if acc == torch.float32 else 0
     total = 0.0
-    for a, b, c, d, *outputs in blocks([*tensors, *gradients], first.shape, by_sample=False):
-        assert a is not None
-        arguments = (a, b, c, d, part.scalars, part.flags, scratch)
+    for every in blocks([*tensors, *gradients], first.shape, by_sample=False):
+        operands = [t if t is None else scratch.cast(f"operand {k}", t, acc) for k, t in enumerate(every[:_OPERANDS])]
+        outputs = [
+            g if g is None or g.dtype == acc else scratch.take(f"gradient {k}", g.shape, acc, g.device)
+            for k, g in enumerate(every[_OPERANDS:])
+        ]
+        arguments = (*operands, part.scalars, part.flags, scratch)
         if formulas.both is not None:
-            total += float(formulas.both(*arguments, 1.0 / divisor, outputs))
-            continue
-        saved = [scratch.take(f"saved {k}", a.shape, torch.float32, a.device) for k in range(count)]
-        total += float(formulas.total(*arguments, saved))
-        formulas.gradient(*arguments, 1.0 / divisor, outputs, saved)
+            total += float(formulas.both(*arguments, upstream / divisor, outputs))
+        else:
+            saved = [scratch.take(f"saved {k}", every[0].shape, torch.float32, first.device) for k in range(count)]
+            total += float(formulas.total(*arguments, saved))
+            formulas.gradient(*arguments, upstream / divisor, outputs, saved)
+        for gradient, output in zip(every[_OPERANDS:], outputs, strict=True):
+            if gradient is not None and output is not None and gradient is not output:
+                gradient.copy_(output)
     return total / divisor, gradients
 
 
@@ -95,16 +107,14 @@ class MadeInForward(torch.autograd.Function):
         made = ctx.made
         if not torch.compiler.is_compiling():  # where what is written to the context may be lost
             ctx.made = None
-        if made is None:
-            made = [gradient for given in _terms(ctx, tensors) for gradient in _make(*given)[1]]
         of_sum, *own = map(_number, upstreams)
         result: list[Tensor | None] = []
-        for k, part in enumerate(ctx.parts):
+        for k, (part, *given) in enumerate(_terms(ctx, tensors)):
             asked = [] if of_sum is None else [of_sum * part.factor]
             asked += [] if not own or own[k] is None else [own[k]]
-            gradients = made[k * _OPERANDS :][:_OPERANDS]
             # A term of which nothing was asked gets no gradient, rather than a 0 that infinities would make NaN.
-            result += [_scaled(g, sum(asked)) if g is not None and asked else None for g in gradients]
+            ready = None if made is None else made[k * _OPERANDS :][:_OPERANDS]
+            result += _gradients(part, *given, ready, sum(asked)) if asked else [None] * _OPERANDS
         return None, None, None, *result
 
 
@@ -119,6 +129,21 @@ def _number(upstream: Tensor | None) -> Any:
     if upstream is None or torch.compiler.is_compiling() or batched(upstream):
         return upstream
     return upstream.item()
+
+
+def _gradients(
+    part: Part, tensors: Sequence[Tensor | None], needed: Sequence[bool], made: list[Tensor | None] | None, factor: Any
+) -> list[Tensor | None]:
+    """Those ``made`` in the forward, or made now, times ``factor``; none is rounded to half precision before that."""
+    acc = arithmetic(tensors)
+    rounded = any(t is not None and t.dtype != acc for t in tensors)
+    if rounded and isinstance(factor, Tensor):
+        wide = _make(part, tensors, needed, dtype=acc)[1]
+        return [g if g is None or t is None else (g * factor).to(t.dtype) for g, t in zip(wide, tensors, strict=True)]
+    if rounded and factor != 1.0:
+        return _make(part, tensors, needed, factor)[1]
+    ready = _make(part, tensors, needed)[1] if made is None else made
+    return [g if g is None else _scaled(g, factor) for g in ready]
 
 
 def _scaled(gradient: Tensor, factor: Any) -> Tensor:
