@@ -6,6 +6,7 @@ mode when the kernels are imported, so one process runs one of the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import genloss_kernels as gk
+from genloss_kernels.core import scratch
 from genloss_kernels.core.backend import INTERPRETED
 
 from . import refusals
@@ -68,9 +70,15 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised memory with NaN, so that whatever a kernel leaves unwritten shows."""
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill uninitialised memory with NaN, so that whatever a kernel leaves unwritten, or takes from a buffer, shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    give = scratch._pool.give
+
+    def poisoned(buffer: torch.Tensor) -> None:
+        give(buffer.fill_(math.nan if buffer.is_floating_point() else -1))
+
+    monkeypatch.setattr(scratch._pool, "give", poisoned)
     yield
     torch.use_deterministic_algorithms(False)
 

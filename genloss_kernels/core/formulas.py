@@ -99,7 +99,9 @@ def reduced(
     if mask is not None:
         # Zeros in place of masked elements, whose NaN would otherwise reach the gradient.
         tensors = [None if t is None else torch.where(mask, t, torch.zeros_like(t)) for t in tensors]
-    value = formulas_of(loss).reference(*tensors, scalars, flags).expand(shape)
+    value = formulas_of(loss).reference(*tensors, scalars, flags)
+    if value.shape != shape:
+        value = value.expand(shape)
     if mask is not None:
         value = torch.where(mask, value, 0.0)
     if reduction == Reduction.NONE:
@@ -108,4 +110,5 @@ def reduced(
         return value.flatten(1).sum(1) if value.dim() > 1 else value
     if reduction == Reduction.MEAN and mask is not None:
         return value.sum() / mask.expand(shape).sum()
-    return value.sum() / divisor_of(reduction, shape)
+    total = value.sum()
+    return total if reduction == Reduction.SUM else total / divisor_of(reduction, shape)

@@ -230,7 +230,8 @@ def composed(first: Term, second: Term, rule: Sum) -> tuple[Tensor, Tensor, Tens
         reduction, operands = Reduction.SAMPLE if by_sample else rule.reduction, _widened(term, acc).operands
         values.append(reduced(term.loss, operands, None, _scalars(term), term.flags, reduction))
     one, other = values[0], _distance(values[1], rule)
-    return one + _beta(rule, one.dtype) * other, one, other
+    beta = _beta(rule, one.dtype)
+    return one + (other if isinstance(beta, float) and beta == 1.0 else beta * other), one, other
 
 
 def apply(
