@@ -80,15 +80,45 @@ def path(loss: str) -> str:
             return "Triton kernels at every size, interpreted"
         missing = "TRITON_INTERPRET=1" if backend.triton_installed() else "the package triton"
         return f"none: backend 'triton' needs {missing}"
-    module = sys.modules[getattr(functional, loss).__module__]
-    if device.type == "cpu" and hasattr(module, "LOGITS_BELOW"):
-        return f"whole logits below {module.LOGITS_BELOW} of them; else PyTorch operators chunk by chunk"
-    # The sizes from which a loss has a path of its own on a CPU are constants beside its public function.
-    limits = [("elements", "BUILTIN_BELOW"), ("classes", "BUILTIN_CLASSES")]
-    below = [f"{getattr(module, constant)} {unit}" for unit, constant in limits if hasattr(module, constant)]
-    if not below or device.type != "cpu":
-        return "PyTorch operators at every size"
-    return f"torch's built-in below {' or '.join(below)}, in float32 and float64; else PyTorch operators block by block"
+    if device.type != "cpu":
+        return _BLOCKS
+    constants = vars(sys.modules[getattr(functional, loss).__module__])
+    return ", ".join([*(text.format(**constants) for text in _SMALL[loss]), f"else {_BLOCKS}"])
+
+
+_BLOCKS = "PyTorch operators block by block"
+_BUILTIN = "torch's built-in below {BUILTIN_BELOW} elements in float32 and float64"
+_PLAIN = "operators with autograd below {PLAIN_BELOW} elements"
+_NORMS = "norms with autograd below {NORMS_BELOW} elements"
+_REGRESSION = "torch's built-in in float32 and float64 without a weight"
+_MADE = f"{_REGRESSION} below {{MADE_FROM[%s]}} elements"
+
+# What a CPU runs where elements are few, by the constants beside each public function: calling a function of ours costs some
+# tens of microseconds, and a block pays for it once it no longer fits into the cache.
+_SMALL = {
+    "cross_entropy": (_BUILTIN, "or {BUILTIN_CLASSES} classes"),
+    "nll_loss": (),
+    "linear_cross_entropy": ("cross entropy of the whole logits below {LOGITS_BELOW} of them",),
+    "binary_cross_entropy": (_BUILTIN.replace("BUILTIN", "PROBABILITIES_BUILTIN"),),
+    "binary_cross_entropy_with_logits": (_BUILTIN,),
+    "gaussian_kl": (_PLAIN,),
+    "gaussian_nll_loss": (_PLAIN,),
+    "kl_div": ("torch's built-in below {BUILTIN_BELOW} elements of probabilities in float32 and float64",),
+    "kl_div_with_logits": (_PLAIN,),
+    "js_div_with_logits": (_PLAIN,),
+    "categorical_entropy": (_PLAIN,),
+    "cosine_embedding_loss": (_BUILTIN,),
+    "mse_loss": (_MADE % "mse_loss", _PLAIN + " with a weight"),
+    "l1_loss": (_MADE % "l1_loss", _PLAIN + " with a weight"),
+    "smooth_l1_loss": (_REGRESSION, _PLAIN + " with a weight"),
+    "huber_loss": (_REGRESSION, _PLAIN + " with a weight"),
+    "vae_loss": ("torch's built-in and operators with autograd below {PARTS_BELOW} elements in float32",),
+    "gan_discriminator_loss": (_PLAIN,),
+    "gan_generator_loss": (_PLAIN,),
+    "gradient_penalty": (_NORMS,),
+    "r1_penalty": (_NORMS,),
+    "contrastive_divergence_loss": (_PLAIN,),
+}
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -400,7 +400,8 @@ def test_bad_input(row: Row, backend: str, device: torch.device, monkeypatch: py
             monkeypatch.setattr(cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "BUILTIN_BELOW", limit)
             monkeypatch.setattr(binary_cross_entropy_api, "PROBABILITIES_BUILTIN_BELOW", limit)
-            monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: limit, True: limit})
+            monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", limit)
+            monkeypatch.setattr(kl_div_api, "LOGARITHMS_BUILTIN_BELOW", limit)
         arguments = _placed(good(row.loss) | row.arguments, device)
         before, random_state = _state(arguments), torch.get_rng_state()
         with gk.backend(backend), refused(row.loss, row.arguments, row.error, row.message) as caught:

@@ -99,6 +99,8 @@ def test_info_reads_sizes_from_the_losses(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(info, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(sys.modules[functional.cross_entropy.__module__], "BUILTIN_BELOW", 4321)
     assert "below 4321 elements" in info.path("cross_entropy")
+    for loss in info.losses():
+        assert info.path(loss).endswith("else PyTorch operators block by block")
     with gk.backend("triton"):
         assert ("interpreted" if INTERPRETED else "none: backend 'triton' needs") in info.path("cross_entropy")
 

@@ -110,5 +110,7 @@ def reduced(
         return value.flatten(1).sum(1) if value.dim() > 1 else value
     if reduction == Reduction.MEAN and mask is not None:
         return value.sum() / mask.expand(shape).sum()
+    if reduction == Reduction.MEAN:
+        return value.mean()
     total = value.sum()
     return total if reduction == Reduction.SUM else total / divisor_of(reduction, shape)

@@ -29,6 +29,7 @@ INF, NAN = math.inf, math.nan
 def _operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our operators also where plain ones would be quicker."""
     monkeypatch.setattr(api, "PLAIN_BELOW", 0)
+    monkeypatch.setattr(api, "NORMS_BELOW", 0)
 
 
 def _sides(kind: str, dtype: torch.dtype = torch.float32, *, equal: bool = False) -> dict[str, Any]:
@@ -141,6 +142,27 @@ def test_a_norm_of_zero(path: str) -> None:
     (second,) = torch.autograd.grad(again.sum(), grad)
     assert second.isfinite().all()
     assert not second[0].any()
+
+
+def test_few_gradients_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms by torch's operator, where each is positive and finite; one of 0 or of infinity is our function's."""
+    monkeypatch.setattr(api, "NORMS_BELOW", 2**15)
+    roots, calls = api.roots, []
+    monkeypatch.setattr(api, "roots", lambda grad: calls.append(grad.numel()) or roots(grad))
+    for dtype in DTYPES:
+        for shape in ((5, 33), (3, 2, 5, 7)):
+            test_penalties("eager", shape, dtype)
+    for dtype, size in ((torch.float16, 1e-4), (torch.float16, 300.0), (torch.float32, 1e-30)):
+        test_squares_beyond_the_dtype("eager", dtype, size)
+    test_channels_last_gradients("eager")
+    for name in ("gradient_penalty", "r1_penalty"):
+        test_step_of_a_discriminator("eager", name)
+    assert calls
+    test_a_norm_of_zero("eager")
+    assert gk.gradient_penalty(torch.tensor([[INF, 0.0], [3.0, 4.0]]), reduction="none").tolist() == [INF, 16.0]
+    calls.clear()
+    gk.gradient_penalty(torch.ones(2, 2**14))
+    assert calls == []
 
 
 @pytest.mark.parametrize("name", ["gradient_penalty", "r1_penalty"])

@@ -396,9 +396,9 @@ def test_known_failure_host_synchronisation(masked: bool, monkeypatch: pytest.Mo
 def test_builtin_where_it_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small inputs of one wide dtype, without what torch lacks; infinite logits do not keep its NaN."""
     calls: list[int] = []
-    builtin = api._torch_loss
+    builtin = api.torch_loss_of_logits
     monkeypatch.setattr(api, "BUILTIN_BELOW", 1024)
-    monkeypatch.setattr(api, "_torch_loss", lambda x, *a, **k: calls.append(x.numel()) or builtin(x, *a, **k))
+    monkeypatch.setattr(api, "torch_loss_of_logits", lambda x, *a, **k: calls.append(x.numel()) or builtin(x, *a, **k))
     for dtype in (torch.float32, torch.float64):
         x = aligned(33, 31, dtype=dtype)
         for reduction in ("mean", "sum", "none"):

@@ -14,6 +14,7 @@ import genloss_kernels as gk
 from genloss_kernels.core import elementwise, formulas, pair
 from genloss_kernels.core.launch import ELEMENTWISE_TILES, Tile
 from genloss_kernels.losses.binary_cross_entropy import reference as binary
+from genloss_kernels.losses.vae import api
 
 from ..refusals import refused
 from .comparison import DTYPES, check_outputs, no_synchronisation
@@ -27,7 +28,8 @@ REDUCTIONS = ("batchmean", "none", "sum", "mean")
 
 @pytest.fixture(autouse=True)
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of which a small test has several."""
+    """Functions of ours also where torch's operators would be quicker, in blocks of which a small test has several."""
+    monkeypatch.setattr(api, "PARTS_BELOW", 0)
     monkeypatch.setattr(formulas, "BLOCK_ELEMENTS", 2**7)
 
 
@@ -89,6 +91,31 @@ def test_options(path: str, kind: str, reduction: str) -> None:
     """Each output's gradient alone and all together, in all four inputs."""
     for options in ({}, {"free_bits": 0.3}, {"capacity": 9.0}, {"free_bits": 0.3, "capacity": 9.0, "beta": 4.0}):
         _check(_arguments(recon_loss=kind, reduction=reduction, **options))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_elements_of_a_cpu(kind: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's operators up to a number of elements, and nobody can tell; not per sample, nor at an infinite logit."""
+    plain, calls = api.plain_sum, []
+    monkeypatch.setattr(api, "plain_sum", lambda *given: calls.append(1) or plain(*given))
+    for options in ({}, {"beta": 2.5}, {"beta": torch.tensor(0.25)}):
+        arguments = _arguments(recon_loss=kind, reduction=reduction, **options)
+        monkeypatch.setattr(api, "PARTS_BELOW", arguments["recon"].numel() + 1)
+        _check(arguments)
+        assert bool(calls) == (reduction != "none")
+        calls.clear()
+        monkeypatch.setattr(api, "PARTS_BELOW", arguments["recon"].numel())
+        _check(arguments)
+        _check(arguments | {"free_bits": 0.3, "capacity": 9.0})
+        assert calls == []
+    if kind == "bce_with_logits":
+        arguments["recon"][:] = INF
+        arguments["target"][:] = 1.0
+        monkeypatch.setattr(api, "PARTS_BELOW", 2**18)
+        found = gk.vae_loss(**arguments)
+        assert not found.recon.any()
+        torch.testing.assert_close(found.loss, 0.25 * found.kl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

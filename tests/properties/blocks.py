@@ -30,6 +30,7 @@ from genloss_kernels.losses.linear_cross_entropy import api as linear_api
 from genloss_kernels.losses.linear_cross_entropy import chunks as linear_chunks
 from genloss_kernels.losses.linear_cross_entropy import options as linear_options
 from genloss_kernels.losses.regression import api as regression_api
+from genloss_kernels.losses.vae import api as vae_api
 
 # Elements of a block, and rows of a linear layer's chunk.
 ELEMENTS = 32
@@ -85,8 +86,11 @@ def _no_built_ins(patch: pytest.MonkeyPatch) -> None:
     for module in (cosine_api, cross_entropy_api, binary_api):
         patch.setattr(module, "BUILTIN_BELOW", 0)
     patch.setattr(binary_api, "PROBABILITIES_BUILTIN_BELOW", 0)
-    patch.setattr(kl_div_api, "BUILTIN_BELOW", {False: 0, True: 0})
+    patch.setattr(kl_div_api, "BUILTIN_BELOW", 0)
+    patch.setattr(kl_div_api, "LOGARITHMS_BUILTIN_BELOW", 0)
     patch.setattr(linear_api, "LOGITS_BELOW", 0)
+    patch.setattr(adversarial_api, "NORMS_BELOW", 0)
+    patch.setattr(vae_api, "PARTS_BELOW", 0)
     for module in (divergence_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
         patch.setattr(module, "PLAIN_BELOW", 0)
     # Which are no matter of size alone.

@@ -15,6 +15,7 @@ from genloss_kernels.losses.gaussian_nll import api as gaussian_nll_api
 from genloss_kernels.losses.kl_div import api as kl_div_api
 from genloss_kernels.losses.linear_cross_entropy import api as linear_cross_entropy_api
 from genloss_kernels.losses.regression import api as regression_api
+from genloss_kernels.losses.vae import api as vae_api
 
 
 @pytest.fixture
@@ -28,5 +29,8 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(linear_cross_entropy_api, "LOGITS_BELOW", 0)
         for api in (adversarial_api, divergence_api, energy_api, gaussian_kl_api, gaussian_nll_api, regression_api):
             monkeypatch.setattr(api, "PLAIN_BELOW", 0)
-        monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", {False: 0, True: 0})
+        monkeypatch.setattr(adversarial_api, "NORMS_BELOW", 0)
+        monkeypatch.setattr(vae_api, "PARTS_BELOW", 0)
+        monkeypatch.setattr(kl_div_api, "BUILTIN_BELOW", 0)
+        monkeypatch.setattr(kl_div_api, "LOGARITHMS_BUILTIN_BELOW", 0)
     return request.param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,11 +12,26 @@ from ...core import autograd, backend, checks, elementwise_op, pair_op
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
 from .eager import NAME
-from .op import Penalty, composed
-from .reference import BOTH, FAKE, GAMES, HINGE, LINEAR, LOGISTIC, RELATIVISTIC, SATURATING, SQUARES
+from .op import Penalty, composed, reduce
+from .reference import (
+    BOTH,
+    FAKE,
+    GAMES,
+    HINGE,
+    LINEAR,
+    LOGISTIC,
+    RELATIVISTIC,
+    SATURATING,
+    SQUARES,
+    of_norms,
+    roots,
+)
 
 # Below this many scores on a CPU plain operators with autograd cost less than our operators' bookkeeping.
 PLAIN_BELOW = 2**19
+
+# Below this many elements on a CPU norms with autograd cost less than the penalties' own function.
+NORMS_BELOW = 2**15
 
 _DISCRIMINATOR = {
     "minimax": LOGISTIC,
@@ -278,6 +294,10 @@ def r1_penalty(grad: Tensor, *, gamma: float = 10.0, reduction: str = "mean") ->
     return _penalty(grad, 0.0, float(gamma), reduction)
 
 
+def _norms_are_best(grad: Tensor) -> bool:
+    return grad.device.type == "cpu" and grad.dim() > 1 and 0 < grad.numel() < NORMS_BELOW and backend.plain(grad)
+
+
 def _penalty(grad: Any, target: float, gamma: float | None, reduction: Any) -> Tensor:
     checks.floating("grad", grad)
     checks.one_of("reduction", reduction, _REDUCTIONS)
@@ -287,5 +307,10 @@ def _penalty(grad: Any, target: float, gamma: float | None, reduction: Any) -> T
     dtype = loss_dtype(grad.dtype, grad.device)
     if not triton and backend.composite(grad):
         return composed(grad, target, gamma, _REDUCTIONS[reduction]).to(dtype)
+    if not triton and _norms_are_best(grad):
+        found = roots(grad)
+        # At 0 and at infinity their derivatives are not what the penalty documents.
+        if float(found.detach().min()) > 0.0 and float(found.detach().max()) < math.inf:
+            return reduce(of_norms(found, target, gamma), _REDUCTIONS[reduction]).to(dtype)
     loss, _ = autograd.apply(Penalty, grad, target, gamma, int(_REDUCTIONS[reduction]), dtype, triton)
     return loss

@@ -23,7 +23,7 @@ def _paths(grad: Tensor) -> tuple[Walk, Grid, tuple[int, int, int, int]]:
     return path, grid, (grad.numel(), grid.sample_size, grid.segments, grid.chunk)
 
 
-def _reduce(value: Tensor, reduction: Reduction) -> Tensor:
+def reduce(value: Tensor, reduction: Reduction) -> Tensor:
     if reduction == Reduction.NONE:
         return value
     return value.sum() / (value.size(0) if reduction == Reduction.MEAN else 1)
@@ -36,7 +36,7 @@ def _forward(
         squares = _fast_squared_norms(grad)
         loss = penalties(squares, target, gamma)
         found = norms(squares) if gamma is None else squares.new_empty(0)
-        return _reduce(loss, Reduction(reduction)).to(dtype), found
+        return reduce(loss, Reduction(reduction)).to(dtype), found
     from .kernels import _penalty_kernel, _penalty_squares_kernel
 
     path, grid, sizes = _paths(grad)
@@ -156,4 +156,4 @@ class Penalty(torch.autograd.Function):
 
 def composed(grad: Tensor, target: float, gamma: float | None, reduction: Reduction) -> Tensor:
     """The penalty by its reference: differentiable to any order."""
-    return _reduce(penalties(squared_norms(grad), target, gamma), reduction)
+    return reduce(penalties(squared_norms(grad), target, gamma), reduction)

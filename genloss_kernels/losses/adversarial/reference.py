@@ -23,11 +23,11 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _side(x: Tensor, game: int, fake: bool) -> Tensor:
-    signed = x if fake else -x
     if game == SATURATING:
         return -_softplus(x)
     if game == SQUARES:
         return 0.5 * (x if fake else x - 1.0).square()
+    signed = x if fake else -x
     if game == HINGE:
         return F.relu(1.0 + signed)
     return signed if game == LINEAR else _softplus(signed)
@@ -54,6 +54,16 @@ def squared_norms(grad: Tensor) -> Tensor:
     return wide.square().flatten(1).sum(1) if grad.dim() > 1 else wide.square()
 
 
+def roots(grad: Tensor) -> Tensor:
+    """Norm of each sample in fp64; differentiable, to any order where it is not 0."""
+    return torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64)
+
+
 def penalties(squares: Tensor, target: float, gamma: float | None) -> Tensor:
     """Half of gamma times the squared norms if there is a gamma, else the squared distance of the norms from ``target``."""
     return (norms(squares) - target).square() if gamma is None else 0.5 * gamma * squares
+
+
+def of_norms(found: Tensor, target: float, gamma: float | None) -> Tensor:
+    """The same of the norms themselves."""
+    return (found - target).square() if gamma is None else found.square() * (0.5 * gamma)

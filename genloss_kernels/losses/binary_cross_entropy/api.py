@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, autocasting, loss_dtype, parse_reduction
-from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED, torch_loss_of_probabilities
+from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED, torch_loss_of_logits, torch_loss_of_probabilities
 
 # What torch.nn.functional's calls, without its Python.
-_torch_loss = torch.binary_cross_entropy_with_logits
 
 # Below this many elements on a CPU the built-in's few calls cost less than ours over blocks, which save memory traffic.
 BUILTIN_BELOW = 2**18
@@ -92,7 +91,7 @@ def binary_cross_entropy_with_logits(
     tensors = (input, target, weight, pos_weight)
     triton = backend.use_triton(input, target, weight, pos_weight)
     if not triton and mask is None and not label_smoothing and _builtin_is_best(input, target, BUILTIN_BELOW):
-        loss = _torch_loss(input, target, weight, pos_weight, int(_REDUCTIONS[reduction]))
+        loss = torch_loss_of_logits(input, target, weight, pos_weight, int(_REDUCTIONS[reduction]))
         # An infinite logit may have made NaN of a term that counts for nothing.
         if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
             return loss

@@ -14,6 +14,7 @@ from ...core.reduction import Reduction
 from ...core.scratch import Scratch
 
 # What torch.nn.functional.binary_cross_entropy calls.
+torch_loss_of_logits = torch.binary_cross_entropy_with_logits
 torch_loss_of_probabilities = torch._C._nn.binary_cross_entropy  # pyright: ignore[reportAttributeAccessIssue]
 
 NAME, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -190,7 +191,12 @@ def _divergence(input: Tensor, target: Tensor | None, options: Options, reductio
     elif reduction == "batchmean":
         divisor = input.size(0)
     options = options._replace(kind=int(options.kind), divisor=None if reduction == "none" else divisor)
-    if not triton and (_plain_is_best(input) or backend.composite(input, target)):
+    small = not triton and _plain_is_best(input)
+    if small and options.kind != Kind.JS and backend.plain(input, target):
+        loss = reference.reduce(reference.plain(input, target, options), options)
+        if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
+            return loss.to(dtype)
+    if small or (not triton and backend.composite(input, target)):
         return reference.divergence(input, target, options).to(dtype)
     single = input.dim() == 1
     if single:

@@ -74,6 +74,20 @@ def _expectation(log_p: Tensor, value: Tensor, less: Tensor | None = None) -> Te
     return (p * value).sum(-1)
 
 
+def plain(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
+    """Each row's entropy or KL divergence by the fewest differentiable operators: NaN where a class has no probability."""
+    student = torch.log_softmax(_warm(input, options), -1, dtype=torch.float64)
+    if target is None:
+        return -torch.linalg.vecdot(student.exp(), student)
+    teacher = torch.log_softmax(_warm(target, options), -1, dtype=torch.float64)
+    p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
+    return torch.linalg.vecdot(p.exp(), p - q) * options.temperature**2
+
+
+def _warm(logits: Tensor, options: Options) -> Tensor:
+    return logits if options.temperature == 1.0 else logits.double() / options.temperature
+
+
 def reduce(rows: Tensor, options: Options) -> Tensor:
     return rows if options.divisor is None else rows.sum() / options.divisor
 

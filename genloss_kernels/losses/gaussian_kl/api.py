@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
+from ...core.elementwise import divisor_of
 from ...core.layout import broadcast_shape
 from ...core.reduction import Reduction, accumulator, loss_dtype
-from .reference import CLAMPED, FREE_BITS, GENERAL, NAME
+from .reference import CLAMPED, FREE_BITS, GENERAL, NAME, plain_sum
 
 # Below this many elements on a CPU plain operators with autograd cost less than our operators' bookkeeping.
 PLAIN_BELOW = 2**15
@@ -23,6 +24,7 @@ _REDUCTIONS = {
     "sum": Reduction.SUM,
     "batchmean": Reduction.BATCHMEAN,
 }
+_SUMS = (Reduction.SUM, Reduction.MEAN, Reduction.BATCHMEAN)
 
 
 def gaussian_kl(
@@ -108,6 +110,9 @@ def gaussian_kl(
             dtype = torch.promote_types(dtype, tensor.dtype)
     result_dtype = loss_dtype(dtype, mu_q.device)
     chosen = Reduction.SAMPLE if capacity is not None else _REDUCTIONS[reduction]
+    small = not triton and _plain_is_best(mu_q, shape)
+    if small and not flags and chosen in _SUMS and mu_q.shape == logvar_q.shape and dtype != torch.float64:
+        return (plain_sum(mu_q, logvar_q) / divisor_of(chosen, shape)).to(result_dtype)
     scalars = (0.0 if free_bits is None else float(free_bits), float(low), float(high))
     result = elementwise_op.apply(
         NAME,
@@ -118,7 +123,7 @@ def gaussian_kl(
         chosen,
         result_dtype if capacity is None else accumulator(dtype),
         triton=triton,
-        by_reference=not triton and (_plain_is_best(mu_q, shape) or backend.composite(*tensors)),
+        by_reference=small or (not triton and backend.composite(*tensors)),
     )
     if capacity is None:
         return result

@@ -19,7 +19,8 @@ _torch_loss = torch.kl_div
 
 # Below this many elements on a CPU the built-in costs no more than ours over blocks: of logarithms at every size, since it
 # keeps the exponentials for its backward, as ours does only in half precision.
-BUILTIN_BELOW = {False: 2**17, True: math.inf}
+BUILTIN_BELOW = 2**17
+LOGARITHMS_BUILTIN_BELOW = math.inf
 
 _REDUCTIONS = {
     "none": Reduction.NONE,
@@ -114,7 +115,7 @@ def _builtin_is_best(input: Tensor, target: Tensor, shape: torch.Size, log_targe
         input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
         and input.dtype == target.dtype
-        and shape.numel() < BUILTIN_BELOW[log_target]
+        and shape.numel() < (LOGARITHMS_BUILTIN_BELOW if log_target else BUILTIN_BELOW)
         and not backend.composite(input, target)
     )
 

@@ -17,7 +17,6 @@ from ..cross_entropy import api as cross_entropy_api
 from ..cross_entropy import reference
 from ..cross_entropy.api import CrossEntropyStats, cross_entropy
 from ..cross_entropy.reference import Options
-from . import options as options_module
 from .chunks import Head, mean_divisor
 from .derivatives import by_reference
 from .flops import register_formulas
@@ -26,7 +25,7 @@ from .op import Needed, mask_of
 from .options import LinearCrossEntropyOptions, accumulation, check_fit, check_options, rows_at_a_time
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
-LOGITS_BELOW = 2**16
+LOGITS_BELOW = 2**20
 
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
@@ -210,7 +209,7 @@ def makes_gradients(formula: Options, dtype: torch.dtype) -> bool:
 def _logits_are_best(input: Tensor, linear_weight: Tensor, target: Tensor) -> bool:
     if input.device.type != "cpu" or not backend.plain(input, linear_weight, target):
         return False
-    return 0 < input.size(0) <= options_module.WHOLE_BATCH and input.size(0) * linear_weight.size(0) < LOGITS_BELOW
+    return 0 < input.size(0) * linear_weight.size(0) < LOGITS_BELOW
 
 
 def _by_logits(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core import backend, checks, made, pair_op
+from ...core.elementwise import divisor_of
 from ...core.layout import broadcast_shape
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
 from ..binary_cross_entropy.reference import NAME as BINARY
 from ..binary_cross_entropy.reference import PLAIN as PLAIN_BINARY
-from ..binary_cross_entropy.reference import PROBABILITIES
-from ..gaussian_kl.reference import FREE_BITS
+from ..binary_cross_entropy.reference import PROBABILITIES, torch_loss_of_logits, torch_loss_of_probabilities
+from ..gaussian_kl.reference import FREE_BITS, plain_sum
 from ..gaussian_kl.reference import NAME as GAUSSIAN
-from ..regression.reference import L1, MSE
+from ..regression.reference import L1, MSE, torch_l1_loss, torch_mse_loss
 
 # Formulas of each reconstruction loss, and their flags.
 _RECONSTRUCTION = {
@@ -25,6 +28,18 @@ _RECONSTRUCTION = {
     "bce": (PROBABILITIES, 0),
     "bce_with_logits": (BINARY, PLAIN_BINARY),
 }
+
+_SUM = int(Reduction.SUM)
+# Torch's sums of them.
+_TORCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda recon, target: torch_mse_loss(recon, target, _SUM),
+    "l1": lambda recon, target: torch_l1_loss(recon, target, _SUM),
+    "bce": lambda recon, target: torch_loss_of_probabilities(recon, target, None, _SUM),
+    "bce_with_logits": lambda recon, target: torch_loss_of_logits(recon, target, None, None, _SUM),
+}
+
+# Below this many elements on a CPU torch's operators with autograd cost less than one function of all.
+PARTS_BELOW = 2**18
 
 _REDUCTIONS = {
     "none": Reduction.SAMPLE,
@@ -126,6 +141,11 @@ def vae_loss(
         None if capacity is None else float(capacity),
         _REDUCTIONS[reduction],
     )
+    if not triton and free_bits is None and _parts_are_best(tensors, rule):
+        result = _by_parts(*tensors, recon_loss, rule)
+        # An infinite logit may have made NaN of a term that counts for nothing.
+        if math.isfinite(result.loss.detach()):
+            return result
     first = Term(name, recon, target, 0.0, flags)
     second = Term(GAUSSIAN, mu, logvar, float(free_bits or 0.0), 0 if free_bits is None else FREE_BITS)
     terms = first.operands, second.operands
@@ -146,6 +166,30 @@ def vae_loss(
             by_reference=not triton and backend.composite(*tensors, rule.beta_tensor),
         )
     )
+
+
+def _parts_are_best(tensors: Sequence[Tensor], rule: Sum) -> bool:
+    recon, _, mu, logvar = tensors
+    return (
+        recon.device.type == "cpu"
+        and recon.numel() < PARTS_BELOW
+        and mu.shape == logvar.shape
+        and rule.capacity is None
+        and rule.reduction != Reduction.SAMPLE
+        and all(t.dtype == torch.float32 for t in tensors)
+        and backend.plain(*tensors, rule.beta_tensor)
+    )
+
+
+def _by_parts(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, recon_loss: str, rule: Sum) -> VAELossOutput:
+    """Torch's reconstruction loss and the usual operators, where the elements are too few to be worth a function of both."""
+    one, other = _TORCH[recon_loss](recon, target), plain_sum(mu, logvar).to(recon.dtype)
+    n, m = divisor_of(rule.reduction, recon.shape), divisor_of(rule.reduction, mu.shape)
+    if n != m:
+        one, other, n, m = one / n, other / m, 1.0, 1.0
+    beta = rule.beta if rule.beta_tensor is None else rule.beta_tensor.to(other.dtype)
+    loss = one + (other if rule.beta_tensor is None and beta == 1.0 else beta * other)
+    return VAELossOutput(*((loss, one, other) if n == 1.0 else (loss / n, one / n, other / n)))
 
 
 def _check(
