@@ -63,7 +63,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        summary = {"device": self.device, "commit": _commit()} | asdict(self)
+        summary = {"device": self.device, "commit": commit()} | asdict(self)
         path.write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -71,7 +71,7 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit checked out in the working directory, if that is a git repository."""
     try:
         run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
