@@ -17,7 +17,7 @@ import genloss_kernels as gk
 from genloss_kernels.core import scratch
 from genloss_kernels.core.backend import INTERPRETED
 
-from . import refusals
+from . import edges, refusals
 from .torch_conformance import counts
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -26,6 +26,7 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--conformance-counts", type=Path, metavar="FILE", help="write there how many of torch's tests passed")
     parser.addoption("--bad-input-table", type=Path, metavar="FILE", help="write there which calls were refused, and how")
+    parser.addoption("--edges-table", type=Path, metavar="FILE", help="write there which edges of each loss were tested")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -37,6 +38,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if file is not None:
         before = refusals.read(file.read_text(encoding="utf-8")) if file.exists() else set()
         file.write_text(refusals.table(refusals.SEEN | before), encoding="utf-8")
+    file = session.config.getoption("--edges-table")
+    if file is not None:
+        before = edges.read(file.read_text(encoding="utf-8")) if file.exists() else set()
+        file.write_text(edges.table(edges.merged(before, edges.SEEN)), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import genloss_kernels as gk
 from genloss_kernels.cases import Call
-from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.core.launch import observe_launches
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -129,7 +128,7 @@ def aligned(*shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) ->
 
 def untouched(elements: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Zeros that take no memory until they are written: the pages behind them are mapped, not reserved."""
-    if not INTERPRETED:
+    if torch.get_default_device().type != "cpu":
         return torch.zeros(elements, dtype=dtype)
     size = elements * torch.empty((), dtype=dtype).element_size()
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))

@@ -1012,3 +1012,25 @@ def test_smoothed_probabilities_of_no_classes() -> None:
     empty = torch.zeros(3, 0)
     options = {"label_smoothing": 0.1, "reduction": "sum"}
     assert gk.cross_entropy(empty, empty, **options) == F.cross_entropy(empty, empty, **options)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_class_weights_in_any_layout(path: str, probabilities: bool) -> None:
+    """The kernels read the elements between those of a strided weight."""
+    logits, weight = aligned(4, 5), torch.rand(10)[::2]
+    target = torch.softmax(aligned(4, 5), 1) if probabilities else torch.arange(4)
+    for strided in (weight, weight[:1].expand(5)):
+        found, wanted = (gk.cross_entropy(logits, target, w) for w in (strided, strided.contiguous()))
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_no_class(backend: str) -> None:
+    """Weighted rows, all of them ignored, found no class to look up, and probabilities gave NaN on the kernels."""
+    logits, row_weight = torch.zeros(4, 0, requires_grad=True), torch.rand(4, requires_grad=True)
+    for target in (torch.full((4,), -100), torch.zeros(4, 0)):
+        with gk.backend(backend):
+            loss = gk.cross_entropy(logits, target, torch.zeros(0), row_weight=row_weight, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, row_weight)
+        assert not loss
+        assert not gradient.any()

@@ -844,3 +844,11 @@ def test_head_of_a_head_keeps_its_options() -> None:
     again = gk.FusedLMHead.from_linear(head, label_smoothing=0.1)
     hidden, target = torch.randn(3, 4), torch.tensor([0, 4, 2])
     torch.testing.assert_close(again(hidden, target), head(hidden, target, label_smoothing=0.1))
+
+
+def test_class_weights_in_any_layout(path: str) -> None:
+    """The kernels read the elements between those of a strided weight."""
+    x, head, weight, target = aligned(4, 3), aligned(5, 3), torch.rand(10)[::2], torch.arange(4)
+    for strided in (weight, weight[:1].expand(5)):
+        found, wanted = (gk.linear_cross_entropy(x, head, target, weight=w) for w in (strided, strided.contiguous()))
+        assert torch.equal(found, wanted)

@@ -227,3 +227,10 @@ def test_reference_of_one_class_with_a_label_out_of_range() -> None:
     assert loss.isnan().tolist() == [False, True, False]
     (grad,) = torch.autograd.grad(loss.sum(), x)
     assert grad.isnan().flatten().tolist() == [False, True, False]
+
+
+def test_class_weights_in_any_layout(path: str) -> None:
+    """The kernels read the elements between those of a strided weight."""
+    x, target, weight = torch.log_softmax(aligned(4, 5), 1), torch.arange(4), torch.rand(10)[::2]
+    for strided in (weight, weight[:1].expand(5)):
+        assert torch.equal(gk.nll_loss(x, target, strided), gk.nll_loss(x, target, strided.contiguous()))

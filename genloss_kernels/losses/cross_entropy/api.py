@@ -160,6 +160,7 @@ def cross_entropy(
     )
     if not plain:
         _check_extras(input, target, softcap, z_loss, row_weight, divisor, reduction, return_stats)
+    weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(input, target, weight, row_weight)
     if plain and not triton and _builtin_is_best(input, target):
         return _builtin(input, target, weight, ignore_index, reduction, label_smoothing)
@@ -194,9 +195,9 @@ def cross_entropy(
         triton = False
     weights_learn = grad and any(t is not None and t.requires_grad for t in (row_weight, tensor_divisor))
     class_weight_learns = grad and weight is not None and weight.requires_grad
-    if not triton and (
-        weights_learn or class_weight_learns or backend.composite(input, target, weight, row_weight, tensor_divisor)
-    ):
+    composed = weights_learn or class_weight_learns or backend.composite(input, target, weight, row_weight, tensor_divisor)
+    # The kernels have no row to read where there is no class.
+    if (not triton and composed) or not input.size(1):
         return _by_reference(input, target, weight, row_weight, tensor_divisor, options, dtype, single)
     if weights_learn:
         return _weighted_rows(input, target, weight, row_weight, tensor_divisor, options, dtype, single, in_place)

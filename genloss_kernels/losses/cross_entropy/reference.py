@@ -155,6 +155,9 @@ def rows(
     y = transform(logits, options)
     weight = None if weight is None else weight.to(y.dtype)
     n_classes = logits.size(dim)
+    if not n_classes and not target.is_floating_point():
+        # One class for the rows, all of them ignored, to look up.
+        y, weight, n_classes = y.sum(dim, keepdim=True), None, 1
     index = None if target.is_floating_point() else labels(target, n_classes, options.ignore_index)[0]
     sums = class_sums(y, torch.log_softmax(y, dim), target, index, weight, options, dim)
     return combine(sums, target, weight, row_weight, options, dim, n_classes)

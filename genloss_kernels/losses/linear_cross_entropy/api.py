@@ -163,6 +163,7 @@ def linear_cross_entropy(
     # Everything else is checked as for logits, of which the shape is enough.
     like = flat[:, :1].expand(-1, n_classes)
     cross_entropy_api.check(like, target, weight, ignore_index, reduction, label_smoothing, row_weight, **loss_options)
+    weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     check_fit(options, n_classes, flat, triton=triton)
     if not triton and _logits_are_best(flat, linear_weight, target):

@@ -67,6 +67,7 @@ def nll_loss(
     reduction = parse_reduction(reduction, size_average, reduce)
     target = index_target(target)
     _check(input, target, weight, ignore_index, reduction)
+    weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(input, target, weight)
     checked = input.device.type == "cpu" and (backend.reads_values(target) or torch.compiler.is_compiling())
     if not triton and checked and input.dtype in (torch.float32, torch.float64):

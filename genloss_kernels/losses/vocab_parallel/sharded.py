@@ -52,6 +52,7 @@ def cross_entropy(
     _check(input, dim, target, weight, ignore_index, reduction, label_smoothing, row_weight, layout, loss_options)
     formula, divisor = _formula(ignore_index, label_smoothing, reduction, loss_options)
     _compare(layout, formula, target, input)
+    weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(input, target, weight, row_weight)
     single = input.dim() == 1
     if single:
@@ -107,6 +108,7 @@ def linear_cross_entropy(
     _check(flat, 1, target, weight, ignore_index, reduction, label_smoothing, row_weight, layout, loss_options)
     formula, divisor = _formula(ignore_index, label_smoothing, reduction, loss_options)
     _compare(layout, formula, target, flat, linear_weight, linear_bias)
+    weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     flat, linear_weight, linear_bias = linear_api._autocast(flat, linear_weight, linear_bias)
     dtype = loss_dtype(torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype, input.device)
