@@ -14,6 +14,7 @@ its ``why`` filled in. Such mutants still run, and one that gets killed is repor
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -87,6 +88,13 @@ def _parse(arguments: list[str] | None, families: dict[str, Family]) -> argparse
     )
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at once (default 2)")
     parser.add_argument("--timeout", type=float, help="seconds for one mutant (default 4 baselines, at least 120)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="of a shared module's families, one mutant meets the quickest, whose tests take no longer than this in each "
+        "mode; the others could only kill more (default: all)",
+    )
     parser.add_argument("--minimum", type=float, default=0.85, help="lowest score that passes (default 0.85)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--list", action="store_true", help="list every mutant, run none")
@@ -152,7 +160,9 @@ def _measure(
         outcomes = []
         for mode in sorted({mode for _, mode in pairs}, key=lambda mode: sum(baseline[p] for p in pairs if p[1] == mode)):
             # The quickest tests first: the run ends at the first failure.
-            ordered = sorted((pair for pair in pairs if pair[1] == mode), key=baseline.__getitem__)
+            ordered = _within(
+                options.budget, sorted((pair for pair in pairs if pair[1] == mode), key=baseline.__getitem__), baseline
+            )
             tests = [test for suite, _ in ordered for test in families[suite].tests]
             timeout = options.timeout or max(120.0, 4 * sum(baseline[pair] for pair in ordered))
             outcomes.append(runner.run(tests, timeout, (mutant.source.path, mutant.mutated), mode))
@@ -179,7 +189,7 @@ def _measure(
     results.sort(key=lambda result: order[result.mutant.id])
     if options.json:
         seconds = {f"{suite}, {mode}": value for (suite, mode), value in baseline.items()}
-        settings = {"seed": options.seed, "minimum": options.minimum, "drawn": len(sample)}
+        settings = {"seed": options.seed, "minimum": options.minimum, "drawn": len(sample), "budget": options.budget}
         options.json.write_text(report.as_json(results, equivalents, settings, seconds), encoding="utf-8")
     print(report.summary(results, equivalents))
     if interrupted:
@@ -188,6 +198,16 @@ def _measure(
     if score is None:
         raise HarnessError("every mutant drawn is equivalent")
     return 0 if score >= options.minimum else 1
+
+
+def _within(budget: float | None, ordered: list[Pair], baseline: dict[Pair, float]) -> list[Pair]:
+    """The first families whose tests, unmutated, take no longer than that together; one at least."""
+    sums = itertools.accumulate(baseline[pair] for pair in ordered)
+    return [
+        pair
+        for place, (pair, total) in enumerate(zip(ordered, sums, strict=True))
+        if budget is None or not place or total <= budget
+    ]
 
 
 def _pairs(target: Target) -> list[Pair]:

@@ -10,7 +10,7 @@ import pytest
 
 from .candidates import mutants
 from .report import Equivalents, Result, score
-from .run import FAMILIES, main
+from .run import FAMILIES, _within, main
 from .runner import TestRun
 from .sampling import draw, shares
 from .source import Mutant, Source
@@ -252,6 +252,12 @@ def test_each_file_meets_the_suite_that_runs_it(
     identifier = f"{file}:2:12:constant:plus-one" if only == "eager" else f"{file}:3:7:constant:plus-one"
     families = find_families(toy)
     assert main(["--only", identifier], toy, families, toy / "none.json") == (0 if killed else 1)
+
+
+@pytest.mark.parametrize(("budget", "count"), [(None, 3), (11.0, 3), (10.0, 2), (0.0, 1)])
+def test_the_quickest_families_within_a_budget(budget: float | None, count: int) -> None:
+    pairs = [(name, "eager") for name in "abc"]
+    assert _within(budget, pairs, dict(zip(pairs, (4.0, 6.0, 1.0), strict=True))) == pairs[:count]
 
 
 def test_kills_survivors_and_equivalents(
