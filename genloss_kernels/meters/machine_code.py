@@ -121,7 +121,12 @@ def _read(kernels: Sequence[Specialisation]) -> Iterator[Machine]:
     code = iter(disassemble([cubin for cubin in cubins if cubin is not None]))
     for kernel, result, cubin in zip(kernels, results, cubins, strict=True):
         machine = Machine(kernel.name, kernel.formula, kernel.dtype, kernel.label)
-        violations = [result] if cubin is None else list(_examine(kernel, machine, cubin, main_body(next(code))))
+        if cubin is None:
+            violations = [result]
+        else:
+            # The launch asks for it: the cubin knows nothing of it.
+            machine.shared_bytes = result.metadata.shared
+            violations = list(_examine(kernel, machine, cubin, main_body(next(code))))
         machine.violations = [f"{kernel}: {violation}" for violation in violations]
         yield machine
 
@@ -129,7 +134,7 @@ def _read(kernels: Sequence[Specialisation]) -> Iterator[Machine]:
 def _examine(kernel: Specialisation, machine: Machine, cubin: bytes, body: Body) -> Iterator[str]:
     """Fill in ``machine``; yields what is wrong with it."""
     used = resources(cubin)
-    machine.registers, machine.local_bytes, machine.shared_bytes = used
+    machine.registers, machine.local_bytes = used.registers, used.local_bytes
     machine.loads, machine.stores = body.widths("LDG"), body.widths("STG")
     if used.local_bytes > (_PARKED if kernel.dtype == "float64" else 0):
         yield f"{used.local_bytes} bytes of local memory a thread: registers spill"
