@@ -1,4 +1,4 @@
-"""``python -m genloss_kernels meters``: four tables, and what is wrong."""
+"""``python -m genloss_kernels meters``: five tables, and what is wrong."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from . import launches, synchronisations, workers
+from .limits import LIMIT_TITLES, limit_cells
 
-METERS = ("bytes", "machine code", "launches", "synchronisations")
+METERS = ("bytes", "machine code", "limits", "launches", "synchronisations")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +124,15 @@ def _span(values: Iterable[float | None]) -> str:
     return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
 
 
+def _limits(thorough: bool) -> _Result:
+    rows = [row for share in workers.run("limits") for row in share["rows"]]
+    table: list[Sequence[str]] = [LIMIT_TITLES]
+    table += [
+        limit_cells(row) for row in sorted(rows, key=lambda row: (row["kernel"], row["formula"], row["dtype"], row["label"]))
+    ]
+    return rows, table, []
+
+
 def _launches(thorough: bool) -> _Result:
     reports = list(launches.reports())
     table: list[Sequence[str]] = [
@@ -152,6 +162,7 @@ def _synchronisations(thorough: bool) -> _Result:
 _RUN = {
     "bytes": _bytes,
     "machine code": _machine_code,
+    "limits": _limits,
     "launches": _launches,
     "synchronisations": _synchronisations,
 }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from .digests import digests
+from .main_configurations import main_specialisations
 from .sass import Body, disassemble, main_body, resources
 from .specialisations import OPTIONS, Specialisation, specialisations
 from .streams import ENTROPY, KL, Streams, streams
@@ -65,6 +68,7 @@ class Machine:
     label: str
     registers: int = 0
     local_bytes: int = 0
+    shared_bytes: int = 0
     loads: list[int] = field(default_factory=list)
     stores: list[int] = field(default_factory=list)
     instructions: float | None = None
@@ -117,7 +121,12 @@ def _read(kernels: Sequence[Specialisation]) -> Iterator[Machine]:
     code = iter(disassemble([cubin for cubin in cubins if cubin is not None]))
     for kernel, result, cubin in zip(kernels, results, cubins, strict=True):
         machine = Machine(kernel.name, kernel.formula, kernel.dtype, kernel.label)
-        violations = [result] if cubin is None else list(_examine(kernel, machine, cubin, main_body(next(code))))
+        if cubin is None:
+            violations = [result]
+        else:
+            # The launch asks for it: the cubin knows nothing of it.
+            machine.shared_bytes = result.metadata.shared
+            violations = list(_examine(kernel, machine, cubin, main_body(next(code))))
         machine.violations = [f"{kernel}: {violation}" for violation in violations]
         yield machine
 
@@ -132,8 +141,9 @@ def _examine(kernel: Specialisation, machine: Machine, cubin: bytes, body: Body)
     moved = streams(kernel)
     if moved is None:
         return
-    yield from _narrow("load", machine.loads, moved.loads, moved.elements)
-    yield from _narrow("store", machine.stores, moved.stores, moved.elements)
+    if moved.wide:
+        yield from _narrow("load", machine.loads, moved.loads, moved.elements)
+        yield from _narrow("store", machine.stores, moved.stores, moved.elements)
     elements = moved.elements * _tiles(body, moved)
     machine.instructions = len(body.instructions) / elements
     machine.special = body.special() / elements
@@ -213,12 +223,44 @@ def sample(kernels: Sequence[Specialisation]) -> list[Specialisation]:
     return [kernel for kernel in kernels if kernel.dtype == "bfloat16" or id(kernel) in kept]
 
 
+@dataclass
+class Verdict:
+    """What a share of the gate found.
+
+    ``main``: the kernels in the calls that they are tuned for; ``others``: all other specialisations. ``failures``: what
+    does not compile for the other targets. ``digests``: what the verdict on each kernel follows from.
+    """
+
+    main: list[Machine]
+    others: list[Machine]
+    failures: list[str]
+    digests: dict[str, str]
+
+
 def gate(
-    share: int = 0, shares: int = 1, *, thorough: bool = False, dtypes: tuple[torch.dtype, ...] | None = None
-) -> tuple[list[Machine], list[str]]:
-    """Read each specialisation of a share, and compile representatives for other targets; returns what fails, too."""
+    share: int = 0,
+    shares: int = 1,
+    *,
+    thorough: bool = False,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> Verdict:
+    """Read each specialisation of a share, and compile representatives for other targets.
+
+    Of a kernel whose digest is ``known``, from a run in which it passed, only the main calls are compiled.
+    """
     every = list(specialisations(thorough=thorough) if dtypes is None else specialisations(dtypes, thorough=thorough))
     elsewhere = representatives(every, thorough=thorough)
     if not thorough and dtypes is None:
         every = sample(every)
-    return list(read(every[share::shares])), list(compile_elsewhere(elsewhere[share::shares]))
+    found = digests([*every, *elsewhere])
+    main = main_specialisations() if dtypes is None else main_specialisations(dtypes)
+    read_already = {kernel.key() for kernel in main}
+    others = [k for k in every if known.get(k.name) != found[k.name] and k.key() not in read_already]
+    elsewhere = [k for k in elsewhere if known.get(k.name) != found[k.name]]
+    return Verdict(
+        list(read(main[share::shares])),
+        list(read(others[share::shares])),
+        list(compile_elsewhere(elsewhere[share::shares])),
+        found,
+    )

@@ -24,7 +24,7 @@ class Streams(NamedTuple):
 
     ``loads`` and ``stores``: bytes an element of each operand that should move 16 bytes at a time. ``others``: the same
     of what is read beside them, such as class weights. ``singles``: bytes of values that a tile reads once.
-    ``elements``: how many of each operand a thread holds.
+    ``elements``: how many of each operand a thread holds. ``wide``: whether 16 bytes at a time are due.
     """
 
     loads: tuple[int, ...]
@@ -32,10 +32,11 @@ class Streams(NamedTuple):
     others: tuple[int, ...]
     singles: tuple[int, ...]
     elements: int
+    wide: bool = True
 
 
 def streams(kernel: Specialisation) -> Streams | None:
-    """Streams of a kernel that are to move 16 bytes at a time; None where its layout does not allow it."""
+    """Streams of a kernel; None where it gathers or adds up, or where its layout does not allow 16 bytes at a time."""
     return STREAMS[kernel.name](kernel) if kernel.name in STREAMS else None
 
 
@@ -78,12 +79,25 @@ def _class_streams(kernel: Specialisation, block: int) -> Streams:
 
 
 def _divergence_streams(kernel: Specialisation) -> Streams | None:
-    if kernel["VEC"] == 1:
-        return None
+    return None if kernel["VEC"] == 1 else _pair_of_logits(kernel, kernel["BLOCK"])
+
+
+def _divergence_tile_streams(kernel: Specialisation) -> Streams:
+    """Their masks are computed lane by lane."""
+    return _pair_of_logits(kernel, kernel["BLOCK_ROWS"] * kernel["BLOCK_COLS"])._replace(wide=False)
+
+
+def _pair_of_logits(kernel: Specialisation, block: int) -> Streams:
     forward, pair = "forward" in kernel.name, kernel["KIND"] != ENTROPY
     stores = [] if forward else [f"grad_{name}_ptr" for name in "ab" if kernel[f"GRAD_{name.upper()}"]]
     loads = ["a_ptr", *(["b_ptr"] if pair else [])]
-    return Streams(_sizes(kernel, loads), _sizes(kernel, stores), (), (), _elements(kernel, kernel["BLOCK"]))
+    return Streams(_sizes(kernel, loads), _sizes(kernel, stores), (), (), _elements(kernel, block))
+
+
+def _scale_streams(kernel: Specialisation) -> Streams:
+    """Of each of its tensors, whose code stands side by side."""
+    size = (_itemsize(kernel.signature["tensors"][0]),)
+    return Streams(size, size, (), (), _elements(kernel, kernel["BLOCK"]), wide=False)
 
 
 def _sizes(kernel: Specialisation, pointers: list[str]) -> tuple[int, ...]:
@@ -157,7 +171,7 @@ def _cosine_streams(kernel: Specialisation) -> Streams | None:
     return Streams(loads, stores, (), (), _elements(kernel, kernel["ROWS"] * kernel["COLS"]))
 
 
-# The kernels that walk memory by whole vectors; others gather, or hold few values.
+# The kernels that walk over streams; others gather, or hold few values.
 STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_forward_rows_kernel": _row_streams,
     "_cross_entropy_backward_rows_kernel": _row_streams,
@@ -166,6 +180,8 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
     "_divergence_forward_rows_kernel": _divergence_streams,
     "_divergence_backward_rows_kernel": _divergence_streams,
+    "_divergence_forward_tiles_kernel": _divergence_tile_streams,
+    "_divergence_backward_tiles_kernel": _divergence_tile_streams,
     "_elementwise_forward_kernel": _elementwise_streams,
     "_elementwise_backward_kernel": _elementwise_streams,
     "_pair_forward_kernel": _pair_streams,
@@ -174,4 +190,5 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_penalty_backward_kernel": _penalty_streams,
     "_cosine_forward_kernel": _cosine_streams,
     "_cosine_backward_kernel": _cosine_streams,
+    "_scale_kernel": _scale_streams,
 }

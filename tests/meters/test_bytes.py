@@ -17,7 +17,9 @@ from genloss_kernels.losses.cross_entropy import op
 from genloss_kernels.meters.bytes import measure
 from genloss_kernels.meters.operators import Operators
 from genloss_kernels.meters.traffic import Traffic, count_memory
-from genloss_kernels.meters.workers import BYTE_DTYPES
+from genloss_kernels.meters.workers import BYTE_DTYPES, byte_figures
+
+from . import exact
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -40,6 +42,9 @@ def test_a_loss_moves_no_more_than_its_floor_and_a_little(case: Case, dtype: tor
     report = measure(case, CPU, dtype)
 
     assert not report.violations()
+    figures = byte_figures(report)
+    key = exact.byte_key(figures)
+    assert exact.differences(key, exact.byte_row(figures), exact.load()["bytes"].get(key)) == []
     assert report.element_ratio > 0.9, "less than must move: something was not counted"
     assert report.forward.launches > 0
     assert report.backward.launches > 0

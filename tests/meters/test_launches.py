@@ -9,6 +9,8 @@ from genloss_kernels import cases, functional
 from genloss_kernels.cases import Case
 from genloss_kernels.meters import launches
 
+from . import exact
+
 pytest.importorskip("triton", reason="counting launches imports the kernels")
 
 
@@ -21,6 +23,8 @@ def test_few_launches(case: Case) -> None:
     report = launches.count(case, case.dtypes[0])
 
     assert not report.violations()
+    key = exact.launch_key(report)
+    assert exact.differences(key, exact.launch_row(report), exact.load()["launches"].get(key)) == []
     assert report.forward.kernels
     assert report.backward.kernels
 

@@ -26,16 +26,25 @@ from genloss_kernels.meters.specialisations import (
 )
 from genloss_kernels.meters.streams import Streams
 
+from . import exact
+
 pytest.importorskip("triton", reason="machine code is compiled by Triton")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton compiles on Linux alone")
 
 
 @pytest.mark.slow
 def test_gates() -> None:
-    shares = workers.run("machine code")
+    """And that the figures of the main calls are the file's: one test, since compiling takes most of its time."""
+    import triton
+
+    expected = exact.load()
+    shares = workers.run("machine code", known=expected["digests"])
 
     assert [violation for share in shares for row in share["rows"] for violation in row["violations"]] == []
     assert [failure for share in shares for failure in share["failures"]] == []
+    if triton.__version__ != expected["triton"]:
+        pytest.skip(f"the file's figures are of Triton {expected['triton']}, this is {triton.__version__}")
+    assert exact.compare(exact.machine_code(shares), expected["machine code"]) == []
 
 
 def _kernels() -> set[str]:

@@ -13,6 +13,8 @@ from genloss_kernels import cases, functional
 from genloss_kernels.meters import synchronisations
 from genloss_kernels.meters.configurations import Configuration
 
+from . import exact
+
 pytest.importorskip("triton", reason="running the launchers imports the kernels")
 
 
@@ -20,7 +22,9 @@ def test_no_call_synchronises() -> None:
     reports = synchronisations.reports()
 
     assert {r.loss for r in reports} == {c.loss for c in cases.CASES}
-    assert [violation for r in reports for violation in r.violations] == []
+    violations = [violation for r in reports for violation in r.violations]
+    assert violations == []
+    assert len(violations) == exact.load()["synchronisations"]
 
 
 @pytest.mark.parametrize(
