@@ -59,6 +59,25 @@ def log1p_unit(z):
 
 
 @triton.jit
+def log1p_share(z):
+    """log(1 + z) for z in [0, 1], to the last digits at small z, without a special function in fp32.
+
+    There by a weighted least-squares fit of (log(1 + z) - z) / z^2 in z, relative error of the whole 3.3e-8 before rounding.
+    """
+    if z.dtype == tl.float64:
+        return log1p_unit(z)
+    else:
+        p = 0.005364818498492241 * z - 0.03006576932966709
+        p = p * z + 0.0792044997215271
+        p = p * z - 0.13753798604011536
+        p = p * z + 0.1915365308523178
+        p = p * z - 0.24857163429260254
+        p = p * z + 0.3332132399082184
+        p = p * z - 0.49999648332595825
+        return z * z * p + z
+
+
+@triton.jit
 def expm1_excess(v):
     """exp(v) - 1 and exp(v) - 1 - v, both to the last digit at small v.
 
@@ -78,7 +97,7 @@ def expm1_excess(v):
 def softplus_sigmoid(x):
     """softplus(x), softplus(-x), sigmoid(x) and sigmoid(-x), with one exponential of -abs(x)."""
     z = tl.exp(-tl.abs(x))
-    log_term = log1p_unit(z)
+    log_term = log1p_share(z)
     r = 1.0 / (1.0 + z)
     positive = x >= 0.0
     return (

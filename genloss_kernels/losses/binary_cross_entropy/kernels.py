@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...core.triton_math import log1p_unit, softplus_sigmoid
+from ...core.triton_math import log1p_share, log1p_unit, softplus_sigmoid
 
 # Bit of the FLAGS on probabilities, shared with reference.py.
 UNCHECKED = tl.constexpr(1)
@@ -22,11 +22,12 @@ def _coefficients(t, weight, pos_weight, smoothing):
 @triton.jit
 def binary_cross_entropy_value(x, t, weight, pos_weight, smoothing, s1, s2, FLAGS: tl.constexpr):
     a, b = _coefficients(t, weight, pos_weight, smoothing)
-    above, below, _, _ = softplus_sigmoid(x)
-    # A term with coefficient 0 is 0 at an infinite logit, where the product would be NaN.
-    INFINITY: tl.constexpr = float("inf")
-    value = tl.where((a == 0.0) & (above == INFINITY), 0.0, a * above)
-    return value + tl.where((b == 0.0) & (below == INFINITY), 0.0, b * below)
+    size = tl.abs(x)
+    # softplus(x) and softplus(-x) have the logarithm in common, and one of them the logit's size.
+    slope = tl.where(x < 0.0, b, a)
+    # At an infinite logit a term with coefficient 0 is 0, where the product would be NaN.
+    linear = tl.where(slope == 0.0, 0.0, slope * size)
+    return linear + (a + b) * log1p_share(tl.exp(-size))
 
 
 @triton.jit
