@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .source import Mutant
 
@@ -56,7 +57,10 @@ def diff(mutant: Mutant) -> str:
 
 def score(results: list[Result]) -> float | None:
     """Killed over all but the equivalent ones; None where that leaves nothing."""
-    counts = Counter(result.status for result in results)
+    return _score(Counter(result.status for result in results))
+
+
+def _score(counts: Counter[str]) -> float | None:
     killed = counts["killed"] + counts["timeout"]
     return killed / (killed + counts["survived"]) if killed + counts["survived"] else None
 
@@ -95,7 +99,35 @@ def _table(results: list[Result]) -> list[str]:
     return rows
 
 
-def as_json(results: list[Result], equivalents: Equivalents, settings: dict, baseline: dict[str, float]) -> str:
+class Earlier:
+    """An earlier run, by the document that it wrote, whose survivors are run again."""
+
+    def __init__(self, path: Path) -> None:
+        self._document = json.loads(path.read_text(encoding="utf-8"))
+        seconds = self._document["baseline_seconds"]
+        self.baseline = {tuple(name.split(", ")): value for name, value in seconds.items()}
+
+    def survivors(self, mutants: list[Mutant]) -> list[Mutant]:
+        """Those among ``mutants``, wherever their lines have gone since."""
+        by_key = {_key(mutant): mutant for mutant in reversed(mutants)}
+        survived = [entry for entry in self._document["mutants"] if entry["status"] == "survived"]
+        found = [by_key.get(tuple(entry["key"][field] for field in _KEY_FIELDS)) for entry in survived]
+        for entry, mutant in zip(survived, found, strict=True):
+            if mutant is None:
+                print(f"no such mutant any more: {entry['id']}")
+        return [mutant for mutant in found if mutant is not None]
+
+    def with_(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The earlier document with what is known of its survivors now."""
+        now = {tuple(entry["key"].values()): entry for entry in document["mutants"]}
+        mutants = [now.get(tuple(entry["key"].values()), entry) for entry in self._document["mutants"]]
+        counts = Counter(entry["status"] for entry in mutants)
+        return {**self._document, "score": _score(counts), "counts": dict(counts), "mutants": mutants}
+
+
+def document(
+    results: list[Result], equivalents: Equivalents, settings: dict[str, Any], baseline: dict[str, float]
+) -> dict[str, Any]:
     entries = [
         {
             "id": result.mutant.id,
@@ -110,5 +142,8 @@ def as_json(results: list[Result], equivalents: Equivalents, settings: dict, bas
     ]
     counts = dict(Counter(result.status for result in results))
     seconds = {name: round(value, 2) for name, value in baseline.items()}
-    document = {**settings, "score": score(results), "counts": counts, "baseline_seconds": seconds, "mutants": entries}
+    return {**settings, "score": score(results), "counts": counts, "baseline_seconds": seconds, "mutants": entries}
+
+
+def as_json(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -67,8 +67,9 @@ def main(
             _list(candidates)
             return 0
         try:
-            sample = _pick(options, candidates, everything)
-            return _measure(options, Runner(snapshot, Path(scratch)), targets, families, sample, equivalents)
+            earlier = report.Earlier(options.again) if options.again else None
+            sample = earlier.survivors(everything) if earlier else _pick(options, candidates, everything)
+            return _measure(options, Runner(snapshot, Path(scratch)), targets, families, sample, equivalents, earlier)
         except HarnessError as error:
             print(f"mutation: {error}", file=sys.stderr)
             return 2
@@ -97,6 +98,12 @@ def _parse(arguments: list[str] | None, families: dict[str, Family]) -> argparse
     )
     parser.add_argument("--minimum", type=float, default=0.85, help="lowest score that passes (default 0.85)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="only the survivors of an earlier run, by its JSON: what becomes of them replaces what it says of them",
+    )
     parser.add_argument("--list", action="store_true", help="list every mutant, run none")
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="run just this mutant, repeatable")
     return parser.parse_args(arguments)
@@ -136,10 +143,11 @@ def _measure(
     families: dict[str, Family],
     sample: list[Mutant],
     equivalents: report.Equivalents,
+    earlier: report.Earlier | None = None,
 ) -> int:
     chosen = {target.file: target for target in targets}
     needed = sorted({pair for mutant in sample for pair in _pairs(chosen[mutant.source.path])})
-    baseline: dict[Pair, float] = {}
+    baseline: dict[Pair, float] = earlier.baseline if earlier else {}
     results: list[report.Result] = []
     interrupted = False
 
@@ -176,7 +184,7 @@ def _measure(
         print(f"{place} {status:10} {seconds:6.1f}s {mutant.id}  {outcome.detail}".rstrip(), flush=True)
 
     try:
-        _run_all(runner, options.jobs, measure_baseline, needed)
+        _run_all(runner, options.jobs, measure_baseline, [pair for pair in needed if pair not in baseline])
         for suite in sorted({suite for suite, _ in needed}):
             if not any(pair[0] == suite for pair in baseline):
                 raise HarnessError(f"the unmutated tests of {suite} must pass, and some must run: none did")
@@ -190,7 +198,8 @@ def _measure(
     if options.json:
         seconds = {f"{suite}, {mode}": value for (suite, mode), value in baseline.items()}
         settings = {"seed": options.seed, "minimum": options.minimum, "drawn": len(sample), "budget": options.budget}
-        options.json.write_text(report.as_json(results, equivalents, settings, seconds), encoding="utf-8")
+        document = report.document(results, equivalents, settings, seconds)
+        options.json.write_text(report.as_json(earlier.with_(document) if earlier else document), encoding="utf-8")
     print(report.summary(results, equivalents))
     if interrupted:
         return 130

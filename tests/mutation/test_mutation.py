@@ -290,6 +290,25 @@ def test_kills_survivors_and_equivalents(
     assert "+    return max(n, 1) if n > 5 else n" in capsys.readouterr().out
 
 
+def test_survivors_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a test was added and lines have moved; what was killed is not run again."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    op, out = toy / "genloss_kernels/losses/a/op.py", toy / "out.json"
+    file = op.relative_to(toy).as_posix()
+    arguments = ["--only", f"{file}:5:13:comparison:gt-to-ge", "--only", f"{file}:7:12:function:min-to-max"]
+    assert main([*arguments, "--json", str(out)], toy, find_families(toy), toy / "none.json") == 1
+    op.write_text("# moved\n" + op.read_text())
+    test = toy / "tests/losses/test_a.py"
+    test.write_text(test.read_text() + f"    assert 'min(n, 1)' in open({file!r}).read()\n")
+    before = json.loads(out.read_text())
+    assert main(["--again", str(out), "--json", str(out)], toy, find_families(toy), toy / "none.json") == 0
+    now = json.loads(out.read_text())
+    assert [mutant["status"] for mutant in before["mutants"]] == ["killed", "survived"]
+    assert [mutant["status"] for mutant in now["mutants"]] == ["killed", "killed"]
+    assert now["mutants"][0] == before["mutants"][0]
+    assert (before["score"], now["score"]) == (0.5, 1.0)
+
+
 def test_endless_loop_is_killed(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     identifier = "genloss_kernels/core/layout.py:2:21:constant:plus-one"
