@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import genloss_kernels as gk
 from genloss_kernels.core.backend import INTERPRETED
-from genloss_kernels.losses.cosine import api, eager, reference
+from genloss_kernels.losses.cosine import api, eager, op, reference
 
 from .comparison import DTYPES, check, check_second_derivatives, no_synchronisation
 
@@ -251,6 +251,12 @@ def test_nothing_waits_for_a_device(monkeypatch):
         arguments[name].requires_grad_()
     with gk.backend("triton"), no_synchronisation(monkeypatch):
         gk.cosine_embedding_loss(**arguments).backward()
+
+
+def test_a_tile_is_as_wide_as_its_rows():
+    """Or as wide as it holds."""
+    tiles = {n: op._tile(torch.empty(10, n), torch.empty(10, n))[1:3] for n in (3, 16, 17, 768, 5000)}
+    assert tiles == {3: (64, 16), 16: (64, 16), 17: (32, 32), 768: (1, 1024), 5000: (1, 1024)}
 
 
 def test_no_element(path):

@@ -35,7 +35,7 @@ from .candidates import mutants
 from .runner import HarnessError, Runner, copy_repository
 from .sampling import draw
 from .source import Mutant, Source
-from .targets import TEST_FOLDERS, Family, Target, find_families, find_targets
+from .targets import CORE, TEST_FOLDERS, Family, Target, find_families, find_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,10 +167,9 @@ def _measure(
         pairs = [pair for pair in _pairs(chosen[mutant.source.path]) if pair in baseline]
         outcomes = []
         for mode in sorted({mode for _, mode in pairs}, key=lambda mode: sum(baseline[p] for p in pairs if p[1] == mode)):
-            # The quickest tests first: the run ends at the first failure.
-            ordered = _within(
-                options.budget, sorted((pair for pair in pairs if pair[1] == mode), key=baseline.__getitem__), baseline
-            )
+            # Its own tests and then the quickest: the run ends at the first failure.
+            of_mode = [pair for pair in pairs if pair[1] == mode]
+            ordered = _within(options.budget, sorted(of_mode, key=lambda p: (p[0] != CORE, baseline[p])), baseline)
             tests = [test for suite, _ in ordered for test in families[suite].tests]
             timeout = options.timeout or max(120.0, 4 * sum(baseline[pair] for pair in ordered))
             outcomes.append(runner.run(tests, timeout, (mutant.source.path, mutant.mutated), mode))
