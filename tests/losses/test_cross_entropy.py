@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import genloss_kernels as gk
 from genloss_kernels.cases.cross_entropy import cross_entropy_oracle
 from genloss_kernels.core import launch
 from genloss_kernels.core.launch import Tile
-from genloss_kernels.losses.cross_entropy import api, eager
+from genloss_kernels.core.reduction import Reduction
+from genloss_kernels.losses.cross_entropy import api, eager, op, reference
 
 from .comparison import (
     DTYPES,
@@ -1034,3 +1036,43 @@ def test_no_class(backend: str) -> None:
         (gradient,) = torch.autograd.grad(loss, row_weight)
         assert not loss
         assert not gradient.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("make", [_indices, _probabilities])
+def test_loss_and_gradient_in_one_launch(make: Callable[..., dict[str, Any]]) -> None:
+    """As linear cross entropy has it: the gradient takes the logits' place."""
+    given = make(torch.randn(5, 700))
+    logits, target = given["input"], given["target"]
+    options = reference.Options(-100, 0.0, None, 1.0, 0.0, None, Reduction.SUM, False)
+    leaf = logits.clone().double().requires_grad_()
+    wanted = F.cross_entropy(leaf, target.double() if target.is_floating_point() else target, reduction="none")
+    (slope,) = torch.autograd.grad(wanted.sum(), leaf)
+    with gk.testing.count_launches() as launches:
+        loss = op.loss_and_gradient(logits, target, None, None, None, torch.ones(()), options, logits, None, True)
+    assert launches == {"_cross_entropy_loss_and_gradient_kernel": 1}
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.double(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_saved_for_the_backward() -> None:
+    plain = reference.Options(-100, 0.0, None, 1.0, 0.0, None, Reduction.SUM, False)
+    labels, mass = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 300)
+    smooth, counted = plain._replace(label_smoothing=0.1), plain._replace(stats=True)
+    assert [op.saved_rows(n, labels, None, plain) for n in (launch.WHOLE_ROW, launch.WHOLE_ROW + 1)] == [0, 3]
+    assert [op.saved_rows(300, labels, weight, smooth) for weight in (None, torch.ones(300))] == [3, 4]
+    assert [op.saved_rows(n, mass, None, plain) for n in (launch.WHOLE_ROW, 300)] == [1, 3]
+    assert op.saved_rows(300, mass, None, counted) == 4
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("options", "heavy"), [({}, False), ({"return_stats": True}, True)])
+def test_rows_that_carry_more_get_smaller_tiles(
+    options: dict[str, Any], heavy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, seen = op.plan, []
+    monkeypatch.setattr(op, "plan", lambda *given, **rest: seen.append(rest.get("heavy", False)) or plan(*given, **rest))
+    with gk.backend("triton"):
+        gk.cross_entropy(**_indices(torch.randn(2, 300)), **options)
+        gk.cross_entropy(**_probabilities(torch.randn(2, 300)))
+    assert seen == [heavy, True]
