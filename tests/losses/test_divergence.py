@@ -491,3 +491,12 @@ def test_known_failure_half_precision_beside_double(path: str, narrow: int, name
         # Triton's interpreter truncates what it stores in bfloat16.
         tolerance = 2.0**-7 if one.dtype == torch.bfloat16 else 1e-9
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=1e-9)
+
+
+def test_only_gradients_asked_for_are_stored() -> None:
+    tensors = torch.randn(3, 4), torch.randn(3, 4)
+    for needed in range(4):
+        sizes = [t.numel() for t in op._stored(*tensors, needed, False)]
+        assert sizes == [12 * (needed & 1), 12 * (needed >> 1)]
+    assert [t.numel() for t in op._stored(*tensors, 3, True)] == [0, 0]
+    assert [t.numel() for t in op._stored(tensors[0], None, 3, False)] == [12, 0]

@@ -20,7 +20,7 @@ import genloss_kernels as gk
 from genloss_kernels.cases.linear_cross_entropy import linear_cross_entropy_oracle as _oracle
 from genloss_kernels.core import launch, scaling, scratch
 from genloss_kernels.core.backend import INTERPRETED
-from genloss_kernels.losses.linear_cross_entropy import api, chunks, options
+from genloss_kernels.losses.linear_cross_entropy import api, chunks, flops, options
 
 from ..refusals import refused
 from .comparison import HALVES, aligned, check, check_outputs, check_second_derivatives
@@ -852,3 +852,10 @@ def test_class_weights_in_any_layout(path: str) -> None:
     for strided in (weight, weight[:1].expand(5)):
         found, wanted = (gk.linear_cross_entropy(x, head, target, weight=w) for w in (strided, strided.contiguous()))
         assert torch.equal(found, wanted)
+
+
+def test_products_that_a_flop_counter_sees() -> None:
+    """Of logits and of the gradients of input and linear weight; those of bias and target are none."""
+    each = 2 * 3 * 5 * 4
+    for needed in range(16):
+        assert flops._products((3, 4), (5, 4), needed) == each * (1 + (needed & 1) + (needed >> 1) % 2)
