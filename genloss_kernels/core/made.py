@@ -73,7 +73,8 @@ def _make(
         if formulas.both is not None:
             total += float(formulas.both(*arguments, upstream / divisor, outputs))
         else:
-            saved = [scratch.take(f"saved {k}", every[0].shape, torch.float32, first.device) for k in range(count)]
+            shape = next(t.shape for t in operands if t is not None)
+            saved = [scratch.take(f"saved {k}", shape, torch.float32, first.device) for k in range(count)]
             total += float(formulas.total(*arguments, saved))
             formulas.gradient(*arguments, upstream / divisor, outputs, saved)
         for gradient, output in zip(every[_OPERANDS:], outputs, strict=True):
@@ -109,12 +110,12 @@ class MadeInForward(torch.autograd.Function):
             ctx.made = None
         of_sum, *own = map(_number, upstreams)
         result: list[Tensor | None] = []
-        for k, (part, *given) in enumerate(_terms(ctx, tensors)):
+        for k, (part, given, wanted) in enumerate(_terms(ctx, tensors)):
             asked = [] if of_sum is None else [of_sum * part.factor]
             asked += [] if not own or own[k] is None else [own[k]]
             # A term of which nothing was asked gets no gradient, rather than a 0 that infinities would make NaN.
             ready = None if made is None else made[k * _OPERANDS :][:_OPERANDS]
-            result += _gradients(part, *given, ready, sum(asked)) if asked else [None] * _OPERANDS
+            result += _gradients(part, given, wanted, ready, sum(asked)) if asked else [None] * _OPERANDS
         return None, None, None, *result
 
 
