@@ -17,7 +17,14 @@ from genloss_kernels.losses.vocab_parallel.shard import Layout
 
 from . import oracle
 
-SIZES = {"even": (20, 20), "uneven": (7, 30, 3), "empty": (0, 25, 0, 15), "one": (40,), "wide": (150, 300)}
+SIZES = {
+    "even": (20, 20),
+    "uneven": (7, 30, 3),
+    "empty": (0, 25, 0, 15),
+    "one": (40,),
+    "single classes": (1, 38, 1),
+    "wide": (150, 300),
+}
 
 
 class Given(NamedTuple):

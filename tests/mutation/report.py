@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ class Equivalents:
             self._why[tuple(entry[field] for field in _KEY_FIELDS)] = entry["why"]
 
     def why(self, mutant: Mutant) -> str | None:
-        return self._why.get(_key(mutant))
+        return self.of(mutant.key)
+
+    def of(self, key: Mapping[str, str]) -> str | None:
+        return self._why.get(tuple(key[field] for field in _KEY_FIELDS))
 
     def stale(self, mutants: list[Mutant]) -> list[str]:
         """Entries about the files of ``mutants`` that match none of them any more."""
@@ -107,8 +111,11 @@ class Earlier:
         seconds = self._document["baseline_seconds"]
         self.baseline = {tuple(name.split(", ")): value for name, value in seconds.items()}
 
-    def survivors(self, mutants: list[Mutant]) -> list[Mutant]:
-        """Those among ``mutants``, wherever their lines have gone since."""
+    def survivors(self, mutants: list[Mutant], equivalents: Equivalents) -> list[Mutant]:
+        """Those among ``mutants``, wherever their lines have gone since; one that is argued has met its tests already."""
+        for entry in self._document["mutants"]:
+            if entry["status"] == "survived" and (why := equivalents.of(entry["key"])) is not None:
+                entry |= {"status": "equivalent", "why": why}
         by_key = {_key(mutant): mutant for mutant in reversed(mutants)}
         survived = [entry for entry in self._document["mutants"] if entry["status"] == "survived"]
         found = [by_key.get(tuple(entry["key"][field] for field in _KEY_FIELDS)) for entry in survived]

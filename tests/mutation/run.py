@@ -68,7 +68,7 @@ def main(
             return 0
         try:
             earlier = report.Earlier(options.again) if options.again else None
-            sample = earlier.survivors(everything) if earlier else _pick(options, candidates, everything)
+            sample = earlier.survivors(everything, equivalents) if earlier else _pick(options, candidates, everything)
             return _measure(options, Runner(snapshot, Path(scratch)), targets, families, sample, equivalents, earlier)
         except HarnessError as error:
             print(f"mutation: {error}", file=sys.stderr)
