@@ -54,6 +54,9 @@ class Scratch:
     arithmetic on it.
     """
 
+    # Of one that a compiler makes without calling the next.
+    _pooled = False
+
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
         self._pooled = unwatched(()) and not torch.is_inference_mode_enabled()

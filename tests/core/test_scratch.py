@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -75,3 +77,16 @@ def test_buffers_of_ones_own_are_not_watched_by_autograd() -> None:
     user.take("a", (3,), torch.float32, CPU).copy_(torch.ones(3, requires_grad=True))
     del user
     assert not Scratch().take("a", (3,), torch.float32, CPU).requires_grad
+
+
+def test_compiled_code_makes_one_without_its_init() -> None:
+    """Dynamo makes objects without calling ``__init__``; what ``__del__`` raises is a failure under pytest."""
+    user = Scratch.__new__(Scratch)
+    del user
+    gc.collect()
+
+    @torch.compile(backend="eager")
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return Scratch().cast("x", x, torch.float64) + 1.0
+
+    assert traced(torch.zeros(3)).tolist() == [1.0] * 3
