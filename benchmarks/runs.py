@@ -63,15 +63,15 @@ def measure(steps: Iterable[Callable[[], float]], items_per_step: int, unit: str
     """Run the steps, each of which returns its loss as a number, so that an accelerator has finished it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    baseline, losses, step_seconds = _peak_memory(device), [], []
+    baseline, losses, step_seconds = peak_memory(device), [], []
     for step in steps:
         start = time.perf_counter()
         losses.append(step())
         step_seconds.append(time.perf_counter() - start)
-    return Run(losses, step_seconds, items_per_step, unit, baseline, _peak_memory(device))
+    return Run(losses, step_seconds, items_per_step, unit, baseline, peak_memory(device))
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

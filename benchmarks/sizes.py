@@ -35,7 +35,7 @@ Draw = Callable[..., Tensor]
 
 def _rows(n: int) -> tuple[int, int]:
     """About as many rows as columns, both powers of two."""
-    columns = 2 ** ((n.bit_length() - 1 + 1) // 2)
+    columns = 2 ** (n.bit_length() // 2)
     return n // columns, columns
 
 

@@ -15,7 +15,6 @@ Written to --out: vocab_parallel.json and vocab_parallel.md.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from curves import device_name
+from runs import peak_memory
 from torch import Tensor
 
 import genloss_kernels as gk
@@ -70,12 +70,6 @@ def counted() -> Iterator[list[tuple[str, int]]]:
             setattr(collectives, name, original)
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _rank(rank: int, ranks: int, shape: Shape, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if args.backend == "nccl" else torch.device("cpu")
@@ -100,10 +94,10 @@ def _rank(rank: int, ranks: int, shape: Shape, args: argparse.Namespace, folder:
         return time.perf_counter() - begin
 
     step(8)
-    before = _peak(device)
+    before = peak_memory(device)
     with counted() as seen:
         step()
-    memory = _peak(device) - before
+    memory = peak_memory(device) - before
     seconds = [step() for _ in range(args.rounds)]
     if rank == 0:
         found = {"ranks": ranks, "collectives": seen, "peak_bytes": memory, "seconds": seconds}

@@ -602,6 +602,13 @@ def test_few_logits_of_a_cpu_are_whole(kind: str, reduction: str, monkeypatch: p
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("given", [{"batch_chunk_size": 4}, {"memory_budget": 2 * 4 * 300 * 4}])
+def test_few_logits_are_in_chunks_where_that_is_asked_for(given: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "LOGITS_BELOW", 2**20)
+    monkeypatch.setattr(api, "_by_logits", None)
+    check(gk.linear_cross_entropy, _oracle, _labels(options=gk.LinearCrossEntropyOptions(**given)), LAYER)
+
+
 def _clean_oracle(input: Tensor, **rest: Any) -> Tensor:
     return _oracle(input.nan_to_num(0.0), **rest)
 

@@ -22,7 +22,7 @@ from .derivatives import by_reference
 from .flops import register_formulas
 from .functions import LinearCrossEntropyRows, ReducedLinearCrossEntropy
 from .op import Needed, mask_of
-from .options import LinearCrossEntropyOptions, accumulation, check_fit, check_options, rows_at_a_time
+from .options import LinearCrossEntropyOptions, accumulation, check_fit, check_options, limits_rows, rows_at_a_time
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
 LOGITS_BELOW = 2**20
@@ -166,7 +166,7 @@ def linear_cross_entropy(
     weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(flat, linear_weight, linear_bias, target if probabilities else None, weight, row_weight)
     check_fit(options, n_classes, flat, triton=triton)
-    if not triton and _logits_are_best(flat, linear_weight, target):
+    if not triton and not limits_rows(options) and _logits_are_best(flat, linear_weight, target):
         return _by_logits(
             flat, linear_weight, linear_bias, target, weight, ignore_index, reduction, label_smoothing, row_weight,
             rows_shape, loss_options,

@@ -81,6 +81,11 @@ def accumulation(options: Any, dtype: torch.dtype) -> torch.dtype:
     return chosen
 
 
+def limits_rows(options: Any) -> bool:
+    """Whether the caller has said how many rows of logits may exist at a time."""
+    return any(getattr(options, name, None) is not None for name in ("batch_chunk_size", "memory_budget"))
+
+
 def check_fit(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> None:
     """Raise for options that do not fit the operands, also where nothing depends on them."""
     if options is not None:
