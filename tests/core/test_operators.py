@@ -76,3 +76,13 @@ def test_second_derivatives_of_two_terms(path: str) -> None:
 
     for found, wanted in zip(slopes(False), slopes(True), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(100,), (5, 1), ()])
+def test_gradients_have_the_shapes_of_their_operands(path: str, shape: tuple[int, ...]) -> None:
+    """Before autograd, which would add up a gradient that is too wide."""
+    x, t, grad, kept = torch.randn(5, 100), torch.randn(shape), torch.ones(()), torch.empty(0)
+    options = (*NUMBERS, 0, int(Reduction.SUM), [True, True, False, False], path == "triton")
+    found = elementwise_op._backward(MSE, x, t, None, None, None, grad, kept, *options)
+    assert [g.shape for g in found[:2]] == [x.shape, t.shape]
+    torch.testing.assert_close(found[1], (2 * (t - x)).sum_to_size(shape))

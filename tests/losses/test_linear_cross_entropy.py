@@ -820,8 +820,13 @@ def test_fake_tensors_and_recordings(classes: int) -> None:
 
 def test_jacobian_of_no_rows() -> None:
     given = _labels(0)
-    found = torch.func.jacrev(lambda x: gk.linear_cross_entropy(**given | {"input": x}, reduction="none"))(given["input"])
-    assert found.shape == (0, 0, 12)
+    layer = tuple(given[name] for name in LAYER)
+
+    def rows(*layer: Tensor) -> Tensor:
+        return gk.linear_cross_entropy(**given | dict(zip(LAYER, layer, strict=True)), reduction="none")
+
+    found = torch.func.jacrev(rows, (0, 1, 2))(*layer)
+    assert [jacobian.shape for jacobian in found] == [(0, *t.shape) for t in layer]
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (7, 2, 5)])
