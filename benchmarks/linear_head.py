@@ -10,17 +10,16 @@
 Times are taken in rounds that go through the candidates in turn. Peak memory is that of one call, above the inputs: the
 largest resident set of a process of its own on a CPU, torch.cuda.max_memory_allocated on CUDA.
 
-Then ours alone over 16 times as many tokens, and over 16 times as many classes: the exponent of a power law through the
-times (1 is linear), and the workspace, which is the peak memory less the gradients of input and weight.
+Then ours alone over 16 times as many tokens, classes and features: the exponent of a power law through the times (1 is
+linear), and the workspace, which is the peak memory less the gradients of input and weight.
 
-Written to --out: linear_head.json.
+Written to --out: linear_head.json, and linear_head.png of the growth.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -32,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from curves import device_name
+from matplotlib.figure import Figure
+from runs import peak_memory
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,17 +85,9 @@ def peak_bytes(name: str, shape: Shape, dtype: str, device: str) -> int:
     step_seconds(CANDIDATES[name], draw(Shape(8, shape.features, 64), dtype, device))
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step_seconds(CANDIDATES[name], tensors)
-        return torch.cuda.max_memory_allocated() - before
-    before = _resident()
+    before = peak_memory(torch.device(device))
     step_seconds(CANDIDATES[name], tensors)
-    return _resident() - before
-
-
-def _resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory(torch.device(device)) - before
 
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -140,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     series = {
         "tokens": [shape._replace(tokens=int(shape.tokens * f)) for f in factors],
         "vocabulary": [shape._replace(tokens=shape.tokens // 4, vocabulary=int(shape.vocabulary * f)) for f in factors],
+        "features": [shape._replace(tokens=shape.tokens // 4, features=int(shape.features * f)) for f in factors],
     }
     # Memory first: Linux lets a process begin with its parent's largest resident set.
     memory = {name: _apart(peak_bytes, name, shape, args.dtype, args.device) for name in CANDIDATES}
@@ -177,7 +171,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "candidates": candidates, "scaling": scaling,
     }  # fmt: skip
     (args.out / "linear_head.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, args.out / "linear_head.png")
     return 0
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Time and workspace over each axis of size."""
+    figure = Figure(figsize=(4 * len(report["scaling"]), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(report["scaling"]))
+    for panel, (axis, found) in zip(panels, report["scaling"].items(), strict=True):
+        sizes = [point["shape"][axis] for point in found["points"]]
+        panel.loglog(sizes, [point["seconds"] * 1e3 for point in found["points"]], "o-", label="ms, forward and backward")
+        panel.loglog(sizes, [point["workspace_bytes"] / MIB for point in found["points"]], "s--", label="MiB of workspace")
+        panel.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        panel.minorticks_off()
+        panel.set_title(f"{axis} ** {found['exponent']:.2f}", fontsize=10)
+        panel.set_xlabel(axis)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{report['device']}, torch {report['versions']['torch']}, {report['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=120)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

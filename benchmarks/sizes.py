@@ -7,11 +7,12 @@
 A size is the number of elements of the first operand (for linear_cross_entropy of the logits). Candidates take turns in one
 process; a figure is the median over the rounds of the difference, or of the quotient, of the two times in one round.
 
-Written to --out: sizes.json with all samples, and sizes.md.
+Written to --out: sizes.json with all samples, sizes.md and sizes.png.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from curves import device_name
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -152,6 +154,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """The quotient of the times by loss and size, as colours."""
+    rows = report["rows"]
+    exponents = sorted({row["exponent"] for row in rows})
+    kinds = list(dict.fromkeys((row["loss"], row["dtype"], row["threads"]) for row in rows))
+    found = {(row["loss"], row["dtype"], row["threads"], row["exponent"]): quotient(row) for row in rows}
+    grid = [[math.log2(found[(*kind, exponent)]) for exponent in exponents] for kind in kinds]
+    figure = Figure(figsize=(4.5 + 0.5 * len(exponents), 1.2 + 0.22 * len(kinds)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(grid, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            axis.text(x, y, f"{2**value:.2g}", ha="center", va="center", fontsize=6)
+    axis.set_xticks(range(len(exponents)), [f"$2^{{{e}}}$" for e in exponents], fontsize=8)
+    axis.set_yticks(range(len(kinds)), [f"{loss}, {dtype}, {threads} threads" for loss, dtype, threads in kinds], fontsize=6)
+    axis.set_title(f"{report['device']}: our time over torch's by elements, forward and backward", fontsize=9)
+    bar = figure.colorbar(image, ticks=range(-2, 3), extend="both")
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
     rows = list(sweep(args))
@@ -162,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     (args.out / "sizes.json").write_text(json.dumps(report) + "\n")
     (args.out / "sizes.md").write_text(table(rows))
+    plot(report, args.out / "sizes.png")
     print(table(rows))
     return 0
 

@@ -14,7 +14,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from genloss_kernels import cases, info
 from genloss_kernels.bench.candidates import BUILTIN, OURS, builtin
-from genloss_kernels.cases import Case
+from genloss_kernels.bench.timing import peak_bytes
+from genloss_kernels.cases import Case, floor_bytes, floor_flops
 from genloss_kernels.doctor import examine
 
 DEVICE = info.default_device()
@@ -48,5 +49,13 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, case: Case, dtype: to
 
     benchmark.group = f"{case.loss}: {case.name}, {dtype}"
     shapes = {name: list(tensor.shape) for name, tensor in call.tensors().items()}
-    benchmark.extra_info |= {"shapes": shapes, "dtype": str(dtype), **info.environment()}
+    benchmark.extra_info |= {
+        "shapes": shapes, "dtype": str(dtype), "peak_bytes": peak_bytes(function, call, DEVICE), **info.environment(),
+    }  # fmt: skip
     benchmark(step)
+    if benchmark.stats is not None:  # as with --benchmark-disable
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info |= {
+            "GB/s": floor_bytes(call, function(**call.arguments)) / seconds / 1e9,
+            "TFLOP/s": floor_flops(call) / seconds / 1e12,
+        }

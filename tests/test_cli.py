@@ -197,6 +197,25 @@ def test_bench_prints_saves_and_draws(one_case: Case, tmp_path: Path, capsys: py
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_goes_on_where_it_was_stopped(
+    one_case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["bench", "--rounds", "2", "--no-compile", "--out", str(tmp_path), "--dtype"]
+    assert main([*options, "float32", "float64", "--part", "0"]) == 3
+    assert "2 cases are left" in capsys.readouterr().err
+    assert main([*options, "float32"]) == 0
+    first = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert main([*options, "float32", "float64", "--resume"]) == 0
+    both = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert both[:1] == first
+    assert [result["dtype"] for result in both] == ["float32", "float64"]
+    assert main([*options, "float32", "--rounds", "3", "--resume"]) == 2
+    assert "of another config" in capsys.readouterr().err
+    monkeypatch.setattr("genloss_kernels.bench.results.commit", lambda: "another")
+    assert main([*options, "float32", "--resume"]) == 2
+    assert "of another commit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoilt", [steeper, higher, failing])
 def test_bench_reports_no_speed_for_a_wrong_result(
     one_case: Case,

@@ -1,18 +1,21 @@
-"""What competes in a case: ours, torch's built-in, that built-in compiled, and peers."""
+"""What competes in a case: ours in each of its modes, torch's built-in, that built-in compiled, and peers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import functional
 from ..cases import Case
 from ..core.torch_losses import TORCH_LOSSES
 from . import peers
 
 OURS, BUILTIN, COMPILED, CHUNKED = "genloss_kernels", "torch", "torch.compile", "torch chunked"
+IN_PLACE, HALF_SUMS = f"{OURS} in place", f"{OURS} half sums"
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,27 @@ def torch_chunked(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tenso
     return TORCH_LOSSES["linear_cross_entropy"](input, linear_weight, target, options=options)
 
 
-def candidates(case: Case, device: torch.device, *, compiled: bool) -> list[Candidate]:
-    found = [Candidate(OURS, case.function), Candidate(BUILTIN, builtin(case))]
+def _in_place(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    # A view of the leaf: what a model hands over is the result of an operation.
+    return functional.cross_entropy(input.view_as(input), target, inplace_backward=True, **options)
+
+
+def _half_sums(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    options = functional.LinearCrossEntropyOptions(acc_dtype=input.dtype)
+    return functional.linear_cross_entropy(input, linear_weight, target, options=options)
+
+
+def _modes(case: Case, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    """Ours with the options that trade something for speed or memory, where they make a difference."""
+    if case.loss == "cross_entropy" and device.type != "cpu":
+        return [Candidate(IN_PLACE, _in_place, overwrites=True)]
+    if case.loss == "linear_cross_entropy" and dtype.itemsize == 2:
+        return [Candidate(HALF_SUMS, _half_sums)]
+    return []
+
+
+def candidates(case: Case, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> list[Candidate]:
+    found = [Candidate(OURS, case.function), Candidate(BUILTIN, builtin(case)), *_modes(case, device, dtype)]
     if compiled:
         # Each case compiles afresh: recompilations count against a limit, beyond which torch falls back to eager.
         torch.compiler.reset()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import cases, info
-from ..cases import Case, floor_bytes
+from ..cases import Case, floor_bytes, floor_flops
 from ..doctor import examine
 from . import plot, table
-from .candidates import BUILTIN, OURS, Candidate, candidates
+from .candidates import BUILTIN, IN_PLACE, OURS, Candidate, candidates
 from .progress import Progress
 from .results import Report, Result, slug
-from .timing import Limit, Race, copy_rate
+from .timing import Limit, Race, copy_rate, matmul_rate
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"also time torch.compile of the {BUILTIN} built-in; default: on a GPU",
     )
     parser.add_argument("--out", type=Path, help="folder for bench.json and bench.png; default: benchmarks/results/<device>")
+    parser.add_argument("--part", type=float, metavar="SECONDS", help="begin no case after so long, and exit with 3")
+    parser.add_argument("--resume", action="store_true", help="go on from the bench.json of a run that was stopped")
     parser.add_argument("--list", action="store_true", help="list the cases and time nothing")
 
 
@@ -55,17 +58,48 @@ def main(args: argparse.Namespace) -> int:
             print(f"{case.loss}: {case.name}, {_name(dtype)}")
         return 0
     compiled = args.device.type == "cuda" if args.compile is None else args.compile
-    device = info.device_name(args.device)
     limit = Limit(args.rounds) if args.rounds else Limit(_ROUNDS, _SECONDS / len(selected))
     config = {"rounds": limit.rounds, "compile": compiled, "threads": torch.get_num_threads()}
-    report = Report(device, info.environment(), config, copy_rate(args.device))
-    with Progress(len(selected)) as progress:
-        for case, dtype in selected:
-            progress.case(f"{case.loss}: {case.name}, {_name(dtype)}")
-            report.results.append(_measure(case, args.device, dtype, limit, compiled, progress))
+    report = Report(info.device_name(args.device), info.environment(), config)
+    folder = args.out or Path("benchmarks", "results", slug(report.device))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "bench.json"
+    if args.resume and file.exists():
+        try:
+            report.resume(file)
+        except ValueError as error:
+            print(f"cannot resume: {error}; leave --resume out to begin anew", file=sys.stderr)
+            return 2
+    else:
+        report.copy_rate = copy_rate(args.device)
+        report.matmul_rates = {_name(d): matmul_rate(args.device, d) for d in dict.fromkeys(dtype for _, dtype in selected)}
+    left = _measure_all(selected, report, file, args, limit, compiled)
     print(table.text(report))
-    _save(report, args.out or Path("benchmarks", "results", slug(device)))
+    print(f"\nsaved {file}")
+    _draw(report, folder / "bench.png")
+    if left:
+        print(f"{left} cases are left: the same command with --resume goes on", file=sys.stderr)
+        return 3
     return 0 if all(result.passed for result in report.results) else 1
+
+
+def _measure_all(
+    selected: Sequence[tuple[Case, torch.dtype]], report: Report, file: Path, args: argparse.Namespace, limit: Limit,
+    compiled: bool,
+) -> int:  # fmt: skip
+    """Measure and save what the report lacks, and return how many cases the part's time did not suffice for."""
+    done = {result.key for result in report.results}
+    start = time.perf_counter()
+    with Progress(len(selected)) as progress:
+        for k, (case, dtype) in enumerate(selected):
+            progress.case(f"{case.loss}: {case.name}, {_name(dtype)}")
+            if (case.loss, case.name, _name(dtype)) in done:
+                continue
+            if args.part is not None and time.perf_counter() - start > args.part:
+                return len(selected) - k
+            report.results.append(_measure(case, args.device, dtype, limit, compiled, progress))
+            report.save(file)
+    return 0
 
 
 def _rounds(text: str) -> int:
@@ -88,7 +122,7 @@ def _measure(
 ) -> Result:
     result = Result(case.loss, case.name, _name(dtype))
     runners = []
-    for candidate in candidates(case, device, compiled=compiled):
+    for candidate in candidates(case, device, dtype, compiled=compiled):
         problem = _problem(candidate, case, device, dtype)
         if problem is None:
             runners.append(candidate)
@@ -98,7 +132,7 @@ def _measure(
         return result
     call = case.call(device, dtype)
     result.shapes = {name: list(tensor.shape) for name, tensor in call.tensors().items()}
-    result.floor_bytes = floor_bytes(call, case.function(**call.arguments))
+    result.floor_bytes, result.floor_flops = floor_bytes(call, case.function(**call.arguments)), floor_flops(call)
     race = Race(runners, call, device)
     rounds, start = 0, time.perf_counter()
     while (share := limit.share(rounds, time.perf_counter() - start)) < 1.0:
@@ -113,23 +147,20 @@ def _problem(candidate: Candidate, case: Case, device: torch.device, dtype: torc
     """Why a candidate must not be timed. The built-in sets the standard, so nothing is asked of it."""
     if candidate.name == BUILTIN:
         return None
-    # Ours computes in float32 whatever the dtype; of others no more is asked than of torch in the same dtype.
-    like = torch.float32 if candidate.name == OURS else dtype
+    # Ours computes in float32 whatever the dtype, unless told otherwise; of others no more is asked than of torch in it.
+    like = torch.float32 if candidate.name in (OURS, IN_PLACE) else dtype
     return examine(case, device, dtype, function=candidate.function, like=like).problem
 
 
-def _save(report: Report, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    report.save(folder / "bench.json")
-    print(f"\nsaved {folder / 'bench.json'}")
+def _draw(report: Report, path: Path) -> None:
     if not any(result.samples for result in report.results):
         return
     try:
-        plot.save(report, folder / "bench.png")
+        plot.save(report, path)
     except ModuleNotFoundError:
         print("no plot: matplotlib is not installed (pip install 'genloss_kernels[bench]')", file=sys.stderr)
     else:
-        print(f"saved {folder / 'bench.png'}")
+        print(f"saved {path}")
 
 
 def _name(dtype: torch.dtype) -> str:

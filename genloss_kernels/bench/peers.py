@@ -32,7 +32,7 @@ class Peer:
         return self._function(**{self.names.get(name, name): value for name, value in arguments.items()})
 
 
-# Checked against Liger-Kernel 0.8.5 and cut-cross-entropy 25.1.1.
+# Signatures of Liger-Kernel 0.8.5, cut-cross-entropy 25.1.1 and quack-kernels 0.6.5.
 PEERS = (
     Peer("liger_kernel", "cross_entropy", "liger_kernel.transformers.functional", "liger_cross_entropy", overwrites=True),
     Peer(
@@ -48,6 +48,14 @@ PEERS = (
         "cut_cross_entropy",
         "linear_cross_entropy",
         names={"input": "e", "linear_weight": "c", "target": "targets"},
+    ),
+    Peer("quack", "cross_entropy", "quack.cross_entropy", "cross_entropy", names={"input": "x"}),
+    Peer(
+        "quack",
+        "linear_cross_entropy",
+        "quack.linear_cross_entropy",
+        "chunked_linear_cross_entropy",
+        names={"input": "x", "linear_weight": "weight"},
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Clock, rounds that alternate between candidates, peak memory, and the machine's copy rate."""
+"""Clock, rounds that alternate between candidates, peak memory, and the machine's own rates."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ _FLUSH_BYTES = 2**28
 
 # Large enough to be read from memory, small enough for any machine.
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
+
+# Rows and columns of a matrix product that reaches the machine's rate.
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+
+_RATE_ROUNDS = 9
 
 _WARM_UPS = 2
 
@@ -96,7 +101,9 @@ class Race:
         for candidate in self._candidates:
             for _ in range(_WARM_UPS):
                 self._time(candidate, 1)
-            self.samples[candidate.name].peak_bytes = self._peak_bytes(candidate)
+            self.samples[candidate.name].peak_bytes = peak_bytes(
+                candidate.function, Call(self._arguments(candidate), call.differentiable), device
+            )
         quickest = min(sum(self._time(candidate, 1)) for candidate in self._candidates)
         self.calls = max(1, min(_MOST_CALLS, round(_SECONDS / quickest)))
 
@@ -113,7 +120,7 @@ class Race:
         forward, losses = self._watch.time(lambda: [candidate.function(**each) for each in arguments])
         pairs = list(zip(losses, arguments, strict=True))
         upstream = torch.ones_like(losses[0])
-        backward, _ = self._watch.time(lambda: self._backward(pairs, upstream))
+        backward, _ = self._watch.time(lambda: _backward(pairs, self._call.differentiable, upstream))
         return forward / calls, backward / calls
 
     def _arguments(self, candidate: Candidate) -> dict[str, Any]:
@@ -122,28 +129,40 @@ class Race:
         copies = {name: tensor.detach().clone() for name, tensor in self._call.tensors().items()}
         return Call(self._call.arguments | copies, self._call.differentiable).fresh().arguments
 
-    def _backward(self, pairs: list[tuple[Tensor, dict[str, Any]]], upstream: Tensor) -> None:
-        for loss, arguments in pairs:
-            # Not loss.backward(), which would also time adding up the gradients of several calls.
-            torch.autograd.grad(loss, [arguments[name] for name in self._call.differentiable], upstream)
 
-    def _peak_bytes(self, candidate: Candidate) -> int | None:
-        if self._device.type != "cuda":
-            return None
-        arguments = self._arguments(candidate)
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        loss = candidate.function(**arguments)
-        self._backward([(loss, arguments)], torch.ones_like(loss))
-        return torch.cuda.max_memory_allocated(self._device) - before
+def _backward(pairs: list[tuple[Tensor, dict[str, Any]]], differentiable: Sequence[str], upstream: Tensor) -> None:
+    for loss, arguments in pairs:
+        # Not loss.backward(), which would also time adding up the gradients of several calls.
+        torch.autograd.grad(loss, [arguments[name] for name in differentiable], upstream)
+
+
+def peak_bytes(function: Callable[..., Tensor], call: Call, device: torch.device) -> int | None:
+    """Bytes that forward and backward of one call have allocated at their peak; None where nobody counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    loss = function(**call.arguments)
+    _backward([(loss, call.arguments)], call.differentiable, torch.ones_like(loss))
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, of a large copy."""
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of a large square matrix product."""
+    size = _MATMUL_SIZE[device.type]
+    matrix = torch.full((size, size), 1 / size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: matrix @ matrix, device)
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
     watch = Stopwatch(device)
-    target.copy_(source)
-    seconds = statistics.median(watch.time(lambda: target.copy_(source))[0] for _ in range(9))
-    return 2 * source.numel() / seconds
+    work()
+    return statistics.median(watch.time(work)[0] for _ in range(_RATE_ROUNDS))

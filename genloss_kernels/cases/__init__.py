@@ -13,9 +13,9 @@ from . import (
     regression,
     vae,
 )
-from .case import BENCH, BYTES, DOCTOR, Call, Case, floor_bytes
+from .case import BENCH, BYTES, DOCTOR, Call, Case, floor_bytes, floor_flops
 
-__all__ = ["BENCH", "BYTES", "CASES", "DOCTOR", "Call", "Case", "floor_bytes", "select"]
+__all__ = ["BENCH", "BYTES", "CASES", "DOCTOR", "Call", "Case", "floor_bytes", "floor_flops", "select"]
 
 CASES: tuple[Case, ...] = (
     *cross_entropy.cross_entropy(),

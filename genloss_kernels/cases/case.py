@@ -96,6 +96,13 @@ def floor_bytes(call: Call, loss: Tensor) -> int:
     return 2 * sum(size.values()) + gradients + loss.numel() * loss.element_size()
 
 
+def floor_flops(call: Call) -> int:
+    """Operations of the matrix products that must be made: a linear layer's logits and the gradients of its operands."""
+    if "linear_weight" not in call.arguments:
+        return 0
+    return 6 * call.arguments["input"].numel() * call.arguments["linear_weight"].size(0)
+
+
 def _unique_bytes(tensor: Tensor) -> int:
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

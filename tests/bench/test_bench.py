@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from genloss_kernels import cases
 from genloss_kernels.bench import peers, progress, table, timing
@@ -35,8 +36,8 @@ def test_a_builtin_of_the_case_comes_first() -> None:
 
 def test_compiled_builtin_only_on_request() -> None:
     case = case_of("cross_entropy")
-    assert [c.name for c in candidates(case, CPU, compiled=False)] == [OURS, BUILTIN]
-    assert len(candidates(case, CPU, compiled=True)) == 3
+    assert [c.name for c in candidates(case, CPU, torch.float32, compiled=False)] == [OURS, BUILTIN]
+    assert len(candidates(case, CPU, torch.float32, compiled=True)) == 3
 
 
 def test_peers_only_where_installed_and_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_peers_only_where_installed_and_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert peers.installed("cross_entropy", cuda) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert [peer.package for peer in peers.installed("cross_entropy", cuda)] == ["liger_kernel"]
+    assert [peer.package for peer in peers.installed("cross_entropy", cuda)] == ["liger_kernel", "quack"]
     assert peers.installed("cross_entropy", CPU) == []
     assert peers.installed("gaussian_kl", cuda) == []
 
@@ -66,10 +67,29 @@ def test_a_peer_has_its_own_names_for_arguments(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="newer than this torch")
 def test_torchs_chunks_compete_with_ours() -> None:
     case = next(c for c in cases.select(cases.BENCH, ("linear_cross_entropy",)))
-    found = candidates(case, CPU, compiled=False)
+    found = candidates(case, CPU, torch.float32, compiled=False)
     assert [c.name for c in found] == [OURS, BUILTIN, CHUNKED]
     given = {"input": torch.randn(40, 8), "linear_weight": torch.randn(30, 8), "target": torch.randint(30, (40,))}
     assert len({round(c.function(**given).item(), 4) for c in found}) == 1
+
+
+def test_modes_of_ours_compete_where_they_make_a_difference() -> None:
+    def ours(loss: str, device: str, dtype: torch.dtype) -> list[Candidate]:
+        case = next(c for c in cases.select(cases.BENCH, (loss,)))
+        found = candidates(case, torch.device(device), dtype, compiled=False)
+        return [c for c in found if c.name.startswith(f"{OURS} ")]
+
+    assert ours("cross_entropy", "cpu", torch.bfloat16) == []
+    assert ours("linear_cross_entropy", "cuda", torch.float32) == []
+    (half_sums,) = ours("linear_cross_entropy", "cpu", torch.bfloat16)
+    given = torch.randn(600, 8).bfloat16(), torch.randn(30, 8).bfloat16(), torch.randint(30, (600,))
+    names = ("input", "linear_weight", "target")
+    loss = half_sums.function(**dict(zip(names, given, strict=True)))
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(*given[:2]), given[2]), rtol=0.02, atol=0.0)
+    (in_place,) = ours("cross_entropy", "cuda", torch.float32)
+    leaf, target = torch.randn(4, 300, requires_grad=True), torch.randint(300, (4,))
+    assert in_place.overwrites
+    torch.testing.assert_close(in_place.function(input=leaf, target=target), F.cross_entropy(leaf, target))
 
 
 def test_rounds_alternate() -> None:
@@ -116,6 +136,31 @@ def test_copy_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.copy_rate(CPU) > 0
 
 
+def test_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing._MATMUL_SIZE, "cpu", 8)
+    assert timing.matmul_rate(CPU, torch.bfloat16) > 0
+
+
+def test_the_limit_is_the_slower_of_copies_and_products() -> None:
+    found = report()
+    (result,) = found.results
+    assert found.share_of_limit(result, 2e-3) == pytest.approx(0.5)
+    result.floor_flops = 1000
+    assert found.share_of_limit(result, 2e-3) == pytest.approx(0.5)
+    result.floor_flops = 30000
+    assert found.share_of_limit(result, 40e-3) == pytest.approx(0.75)
+    assert table.text(found).count("TFLOP/s") == 3
+
+
+def test_flops_of_a_head_are_those_of_three_products() -> None:
+    call = next(c for c in cases.select(cases.BENCH, ("linear_cross_entropy",))).call()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        F.linear(call.arguments["input"], call.arguments["linear_weight"]).sum().backward()
+    assert cases.floor_flops(call) == counter.get_total_flops()
+    assert cases.floor_flops(case_of("cross_entropy").call()) == 0
+
+
 def report() -> Report:
     result = Result("cross_entropy", "training step", "float32", {"input": [4, 8], "divisor": []}, floor_bytes=3000, calls=1)
     result.samples = {
@@ -123,7 +168,7 @@ def report() -> Report:
         BUILTIN: Samples([2e-3, 2e-3, 2e-3], [2e-3, 2e-3, 4e-3]),
     }
     result.problems = {"liger_kernel": "beyond the tolerance: loss"}
-    return Report("a GPU", {"versions": {"torch": "2"}}, {}, 3e6, [result])
+    return Report("a GPU", {"versions": {"torch": "2"}}, {}, 3e6, {"float32": 1e6}, [result])
 
 
 def test_quotients_are_taken_round_by_round() -> None:
@@ -144,8 +189,8 @@ def test_table() -> None:
     ours = next(line for line in lines if line.strip().startswith(OURS)).split()
     assert ours[1:7] == ["1.00", "ms", "1.00", "ms", "2.00", "ms"]
     assert ours[7:10] == ["0.50", "[0.50,", "0.50]"]
-    assert ours[11:] == ["50%", "1", "MiB"]
-    assert "  liger_kernel      no speed: beyond the tolerance: loss" in lines
+    assert ours[10:] == ["0.0", "GB/s", "50%", "1", "MiB"]
+    assert any(line.split() == ["liger_kernel", "no", "speed:", "beyond", "the", "tolerance:", "loss"] for line in lines)
 
 
 def test_short_durations_are_in_microseconds() -> None:
