@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, functional
-from .core import backend
+from .core import backend, tuned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,13 @@ def main(args: argparse.Namespace) -> int:
 
 def environment() -> dict[str, Any]:
     """What a bug report or a result has to say about the machine: versions, devices and settings."""
-    return {"versions": versions(), "devices": devices(), "backend": backend.current(), "interpreter": interpreter()}
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "launch_table": launch_table(),
+        "backend": backend.current(),
+        "interpreter": interpreter(),
+    }
 
 
 def versions() -> dict[str, str | None]:
@@ -55,6 +61,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def launch_table() -> str:
+    """Where the default device's tiles and warps come from."""
+    count = len(tuned.entries(default_device()))
+    return f"tuned for this device, {count} entries" if count else "defaults"
 
 
 def default_device() -> torch.device:
@@ -124,6 +136,7 @@ _SMALL = {
 def _text(report: dict[str, Any]) -> str:
     lines = [f"{name:<16} {version or '-'}" for name, version in report["versions"].items()]
     lines += [f"{'device':<16} {device}" for device in report["devices"]]
+    lines += [f"{'launch table':<16} {report['launch_table']}"]
     lines += [f"{'backend':<16} {report['backend']}"]
     lines += [f"{'interpreter':<16} {'on' if report['interpreter'] else 'off'}", ""]
     lines += [f"path of each loss on {device_name(default_device())}:"]

@@ -18,6 +18,7 @@ import genloss_kernels as gk
 from genloss_kernels import cases, functional, info
 from genloss_kernels.__main__ import COMMANDS, main
 from genloss_kernels.cases import Case
+from genloss_kernels.core import tuned
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.core.launch import observe_launches
 from genloss_kernels.doctor import examine
@@ -85,6 +86,14 @@ def test_info_names_versions_and_paths(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     for expected in (gk.__version__, torch.__version__, *info.devices(), *info.losses()):
         assert expected in printed
+
+
+def test_info_says_whether_the_device_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "launch table     defaults" in capsys.readouterr().out
+    with tuned.in_force({"long row, 2 bytes": [2048, 8], "elementwise, 4 bytes": [512, 4]}):
+        assert main(["info"]) == 0
+    assert "launch table     tuned for this device, 2 entries" in capsys.readouterr().out
 
 
 def test_info_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import ELEMENTWISE_TILES, REDUCTION_TILE, launch
+from . import tuned
+from .launch import ELEMENTWISE_TILES, REDUCTION_TILE, Tile, launch
 from .layout import collapse, contiguous_strides, memory_order
 from .reduction import Reduction, kernel_dtype, launch_reduction
 
@@ -87,12 +88,13 @@ class Grid(NamedTuple):
     segments: int
 
 
-def grid_for(shape: torch.Size, itemsize: int, *, by_sample: bool) -> Grid:
-    """Programs over ``shape``, none of which covers two samples where results are ``by_sample``."""
-    tile = ELEMENTWISE_TILES[itemsize]
+def grid_for(shape: torch.Size, itemsize: int, *, by_sample: bool, device: torch.device | None = None) -> Grid:
+    """Programs over ``shape``, none of which covers two samples where results are ``by_sample``; as tuned for ``device``."""
+    tile = Tile(*tuned.entry(device, "elementwise", itemsize, ELEMENTWISE_TILES[itemsize]))
+    tiles = tuned.entry(device, "tiles a program", itemsize, TILES_PER_PROGRAM)
     n_elements = shape.numel()
     sample_size = n_elements // shape[0] if by_sample and shape[0] else n_elements
-    chunk = tile.block * max(1, min(TILES_PER_PROGRAM, sample_size // tile.block))
+    chunk = tile.block * max(1, min(tiles, sample_size // tile.block))
     segments = -(-sample_size // chunk)
     programs = segments * shape[0] if by_sample else segments
     return Grid(programs, tile.block, tile.num_warps, chunk, sample_size, segments)
@@ -130,7 +132,7 @@ def forward(
     shape, device = operands.shape, next(t.device for t in operands.tensors if t is not None)
     acc = arithmetic(operands.tensors)
     by_sample, store = reduction == Reduction.SAMPLE, reduction == Reduction.NONE
-    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample)
+    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample, device=device)
     path = walk([*operands.tensors, operands.mask], shape, grid.block, by_sample=by_sample)
     count = operands.mask is not None and reduction == Reduction.MEAN
     loss = dense(path, shape, dtype, device) if store else None
@@ -184,7 +186,7 @@ def backward(
     shape, device = operands.shape, grad.device
     by_sample = reduction == Reduction.SAMPLE
     acc = arithmetic(operands.tensors)
-    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample)
+    grid = grid_for(shape, widest(operands.tensors), by_sample=by_sample, device=device)
     upstream = None if by_sample else grad
     path = walk([*operands.tensors, operands.mask, upstream], shape, grid.block, by_sample=by_sample)
     tensors = [*path.tensors[:5], grad if by_sample else path.tensors[5]]

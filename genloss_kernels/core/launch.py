@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import tuned
+
 _lock = threading.Lock()
 _counters: list[Counter[str]] = []
 _observers: list[Callable[[Any, int, tuple[Any, ...], dict[str, Any]], bool]] = []
@@ -113,13 +115,19 @@ ELEMENTWISE_TILES = {2: Tile(1024, 4), 4: Tile(1024, 4), 8: Tile(512, 4)}
 REDUCTION_TILE = Tile(1024, 4)
 
 
-def row_tile(n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = False) -> Tile:
-    """Tile for one row of ``n_cols`` elements of ``itemsize`` bytes.
+def row_tile(
+    n_cols: int, itemsize: int, *, heavy: bool = False, twice: bool = False, device: torch.device | None = None
+) -> Tile:
+    """Tile for one row of ``n_cols`` elements of ``itemsize`` bytes, as tuned for ``device`` if one is given.
 
     ``heavy`` rows carry more than maximum and total; a kernel that goes over the row ``twice`` keeps both passes' numbers.
     """
     short, long = (_HEAVY_ROW_TILES if heavy else _TWICE_ROW_TILES if twice else _ROW_TILES)[itemsize]
-    return short if n_cols <= 4 * short.block else long
+    kind = "heavy row" if heavy else "row read twice" if twice else "row"
+    # What counts as short is the default's affair, so that an entry holds for the rows that it was measured on.
+    if n_cols <= 4 * short.block:
+        return Tile(*tuned.entry(device, f"short {kind}", itemsize, short))
+    return Tile(*tuned.entry(device, f"long {kind}", itemsize, long))
 
 
 # Rows of two operands held in registers: elements of each in a warp, and the most warps that do not spill.

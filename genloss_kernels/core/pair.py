@@ -67,10 +67,10 @@ class _Path(NamedTuple):
 
 
 def _paths(first: Term, second: Term, rule: Sum) -> tuple[_Path, _Path]:
-    itemsize = widest([*first.operands, *second.operands])
+    itemsize, device = widest([*first.operands, *second.operands]), first.a.device
     found = []
     for term, by_sample in zip((first, second), rule.by_sample(), strict=True):
-        grid = grid_for(term.shape, itemsize, by_sample=by_sample)
+        grid = grid_for(term.shape, itemsize, by_sample=by_sample, device=device)
         found.append(_Path(walk([*term.operands, None], term.shape, grid.block, by_sample=by_sample), grid, term.shape))
     return found[0], found[1]
 

@@ -50,7 +50,7 @@ def plan(streams: list[Tensor], target: Tensor | None, *, heavy: bool = False, t
     processors = multiprocessors(logits.device)
     if by_rows:
         vec, ragged = _alignment(streams, strides, n_cols) if contiguous_cols else (1, False)
-        tile = launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice)
+        tile = launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice, device=logits.device)
         n_splits = launch.splits(n_rows, -(-n_cols // tile.block), processors)
         split_cols = _share(n_cols, n_splits, tile.block)
         n_splits = -(-n_cols // split_cols)

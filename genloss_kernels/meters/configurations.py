@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import functional
 from ..cases import BENCH, CASES
-from ..core import launch
+from ..core import launch, tuned
 from .layouts import MANY, Layout, empty, layouts, shifted
 from .operators import meta_call
 
@@ -262,12 +262,22 @@ def _cases(dtype: torch.dtype) -> Iterator[Configuration]:
 
 
 def configurations(dtype: torch.dtype, *, thorough: bool = False) -> Iterator[Configuration]:
-    """Calls in one dtype.
+    """Calls in one dtype, by the defaults of the launch tables and then by each device's entries in ``core/tuned.json``.
+
+    Those are in force until the next call is drawn.
 
     By default each option is taken alone and all together in the layouts with the most code, and none in the others;
     fp16 and fp64, whose kernels are those of bf16 and fp32 but for the types, are run through more quickly.
     ``thorough`` takes all combinations of options in every layout.
     """
+    yield from _configurations(dtype, thorough)
+    for device, entries in tuned.shipped().items():
+        with tuned.in_force(entries):
+            for configuration in _configurations(dtype, thorough):
+                yield configuration._replace(label=f"{configuration.label}, tuned for {device}")
+
+
+def _configurations(dtype: torch.dtype, thorough: bool) -> Iterator[Configuration]:
     brief = not thorough and dtype in (torch.float16, torch.float64)
     for layout in layouts(dtype):
         if not brief or layout.depth >= 1:

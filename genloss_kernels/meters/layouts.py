@@ -14,6 +14,8 @@ from ..core.backend import DEFAULT_MULTIPROCESSORS
 # Many rows: no sharing of a row among programs. Few: long rows are shared.
 MANY, _FEW = 4 * DEFAULT_MULTIPROCESSORS, 16
 
+_META = torch.device("meta")
+
 
 class Layout(NamedTuple):
     """Where rows of classes lie: logits (N, C, d1, ...) as a view of an allocation, and how fully it is exercised.
@@ -37,7 +39,7 @@ def shifted(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _row_tiles(columns: int, itemsize: int) -> tuple[launch.Tile, ...]:
-    return tuple(launch.row_tile(columns, itemsize, heavy=heavy) for heavy in (False, True))
+    return tuple(launch.row_tile(columns, itemsize, heavy=heavy, device=_META) for heavy in (False, True))
 
 
 def _row_lengths(itemsize: int) -> list[int]:

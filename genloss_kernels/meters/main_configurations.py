@@ -15,12 +15,12 @@ from .specialisations import Specialisation, require_compiler, run_on_meta, spec
 MAIN_DTYPES = (torch.bfloat16, torch.float32)
 
 # Benchmarks of what a launch costs rather than of a kernel.
-_SMALL = ("small batch", "digits")
+SMALL = ("small batch", "digits")
 
 
 def _of_cases(use: str, dtype: torch.dtype) -> Iterator[Configuration]:
     for case in CASES:
-        if use in case.uses and not case.autocast and not case.name.startswith(_SMALL):
+        if use in case.uses and not case.autocast and not case.name.startswith(SMALL):
             yield _of_case(case, dtype)
 
 

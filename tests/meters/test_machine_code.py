@@ -13,6 +13,7 @@ import torch
 
 import genloss_kernels
 from genloss_kernels.core import launch as tiles
+from genloss_kernels.core import tuned
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.meters import machine_code, streams, workers
 from genloss_kernels.meters.configurations import Configuration
@@ -78,6 +79,18 @@ def test_the_listing_reaches_every_tile(listing: list[Specialisation]) -> None:
         assert tiles.rows_tile(columns, 1, True)[:2] in found
     for inner in (2, 9, 64, 5000):
         assert tiles.rows_tile(1000, inner, False)[:2] in found
+
+
+def test_the_listing_reaches_what_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {
+        "elementwise, 2 bytes": [256, 2], "long heavy row, 2 bytes": [128, 1], "long row read twice, 2 bytes": [512, 2],
+        "long row, 2 bytes": [256, 1], "pair of rows, 2 bytes": [256, 4],
+    }  # fmt: skip
+    monkeypatch.setattr(tuned, "shipped", lambda: {"a GPU": entries})
+    listing = specialisations((torch.bfloat16,))
+    found = {(k["BLOCK"], k.num_warps) for k in listing if "tuned for a GPU" in k.label and "BLOCK" in k.kernel.arg_names}
+    assert {tuple(tile) for tile in entries.values()} <= found
+    assert tuned.entries(torch.device("cpu")) == {}
 
 
 def test_the_listing_repeats_nothing(listing: list[Specialisation]) -> None:

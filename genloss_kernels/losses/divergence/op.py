@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import autograd
+from ...core import autograd, tuned
 from ...core.launch import PAIR_ROW_TILES, SCATTERED_PAIR_ROW_TILE, WHOLE_ROW, Tile, held_row_tile, launch
 from ...core.library import register
 from ...core.reduction import kernel_dtype, launch_reduction
@@ -68,7 +68,10 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
         if options.kind == Kind.JS:
             itemsize = max(t.element_size() for t in operands)
             held = held_row_tile(p.n_cols, itemsize)
-            tile = PAIR_ROW_TILES[itemsize] if held is None else held
+            if held is None:
+                tile = Tile(*tuned.entry(input.device, "pair of rows", itemsize, PAIR_ROW_TILES[itemsize]))
+            else:
+                tile = held
         if target is not None and held is None and p.vec == 1:
             tile = SCATTERED_PAIR_ROW_TILE
         launch(

@@ -22,7 +22,15 @@ from .derivatives import by_reference
 from .flops import register_formulas
 from .functions import LinearCrossEntropyRows, ReducedLinearCrossEntropy
 from .op import Needed, mask_of
-from .options import LinearCrossEntropyOptions, accumulation, check_fit, check_options, limits_rows, rows_at_a_time
+from .options import (
+    BY_DEVICE,
+    LinearCrossEntropyOptions,
+    accumulation,
+    check_fit,
+    check_options,
+    limits_rows,
+    rows_at_a_time,
+)
 
 # Logits of a CPU's batch below which calling the operators of chunks costs more than it saves.
 LOGITS_BELOW = 2**20
@@ -257,7 +265,8 @@ def _compute(
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]
     n_classes = head.linear_weight.size(0)
-    most = rows_at_a_time(options, n_classes, head.input, triton=triton)
+    limited = limits_rows(options)
+    most = rows_at_a_time(options, n_classes, head.input, triton=triton) if limited else BY_DEVICE
     sum_dtype = accumulation(options, head.input.dtype)
     row_weight = None if head.row_weight is None else head.row_weight.contiguous()
     in_forward = makes_gradients(formula, head.input.dtype) and not backend.transforms()

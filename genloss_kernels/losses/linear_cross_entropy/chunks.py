@@ -75,7 +75,7 @@ def _chunks(head: Head, ignored: Tensor | None, most: int, scratch: Scratch) -> 
     """Each chunk's rows of the input, those ignored zeroed, and its logits in a buffer that the next chunk uses again."""
     weight, dtype, device = head.linear_weight, head.input.dtype, head.input.device
     zero = None if ignored is None else head.input.new_zeros(())
-    for rows in equal_chunks(head.input.size(0), most):
+    for rows in equal_chunks(head.input.size(0), chunking.rows_of_chunk(most, head.input)):
         size = rows.stop - rows.start
         hidden = head.input[rows]
         if ignored is not None and zero is not None:

@@ -15,6 +15,7 @@ from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
 from .chunks import Head, equal_chunks, mean_divisor
 from .op import linear_cross_entropy_rows, linear_cross_entropy_rows_backward, needed_of
+from .options import rows_of_chunk
 
 # About how many buffers of logits the reference keeps for a second derivative, where a gradient takes one.
 _BUFFERS = 8
@@ -74,7 +75,7 @@ def _in_chunks(
         for k, (t, want) in enumerate(zip(tensors, wanted, strict=True))
     ]
     whole = (*layer, 4)
-    for rows in equal_chunks(first.size(0), max(1, most // _BUFFERS)):
+    for rows in equal_chunks(first.size(0), max(1, rows_of_chunk(most, first) // _BUFFERS)):
         part = [
             t if t is None else (t if k in whole else t[rows]).detach().requires_grad_(wanted[k])
             for k, t in enumerate(tensors)

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from ...core import checks
+from ...core import checks, tuned
 from ...core.reduction import accumulator
 
 # Rows at a time. On a GPU fewer would read the whole weight and write its gradient too often for the products to hide it;
 # on a CPU more would not be faster, and takes more memory.
 DEFAULT_ROWS = {"cuda": 4096, "cpu": 256}
+
+# In place of a number of rows: the device's own, which only operators look up, since compilers see through the rest.
+BY_DEVICE = 0
 
 # Up to here a batch may be one chunk.
 WHOLE_BATCH = 256
@@ -91,6 +94,14 @@ def check_fit(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool
     if options is not None:
         accumulation(options, input.dtype)
         rows_at_a_time(options, n_classes, input, triton=triton)
+
+
+def rows_of_chunk(most: int, input: torch.Tensor) -> int:
+    """Most rows of a chunk: ``most``, unless that leaves it to the device."""
+    if most != BY_DEVICE:
+        return most
+    default = DEFAULT_ROWS.get(input.device.type, DEFAULT_ROWS["cuda"])
+    return tuned.entry(input.device, "rows of a chunk", input.element_size(), default)
 
 
 def rows_at_a_time(options: Any, n_classes: int, input: torch.Tensor, *, triton: bool) -> int:
