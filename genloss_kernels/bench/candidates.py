@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import functional
 from ..cases import Case
+from ..core import backend
 from ..core.torch_losses import TORCH_LOSSES
 from . import peers
 
 OURS, BUILTIN, COMPILED, CHUNKED = "genloss_kernels", "torch", "torch.compile", "torch chunked"
-IN_PLACE, HALF_SUMS = f"{OURS} in place", f"{OURS} half sums"
+IN_PLACE, IN_FORWARD, HALF_SUMS = f"{OURS} in place", f"{OURS} in forward", f"{OURS} half sums"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def _in_place(input: Tensor, target: Tensor, **options: Any) -> Tensor:
     return functional.cross_entropy(input.view_as(input), target, inplace_backward=True, **options)
 
 
+def _in_forward(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    with backend.gradient_in_forward():
+        return functional.cross_entropy(input, target, **options)
+
+
 def _half_sums(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     options = functional.LinearCrossEntropyOptions(acc_dtype=input.dtype)
     return functional.linear_cross_entropy(input, linear_weight, target, options=options)
@@ -51,7 +57,7 @@ def _half_sums(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
 def _modes(case: Case, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """Ours with the options that trade something for speed or memory, where they make a difference."""
     if case.loss == "cross_entropy" and device.type != "cpu":
-        return [Candidate(IN_PLACE, _in_place, overwrites=True)]
+        return [Candidate(IN_PLACE, _in_place, overwrites=True), Candidate(IN_FORWARD, _in_forward)]
     if case.loss == "linear_cross_entropy" and dtype.itemsize == 2:
         return [Candidate(HALF_SUMS, _half_sums)]
     return []
