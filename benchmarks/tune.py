@@ -107,7 +107,7 @@ def candidates(shape_class: str, default: Any) -> Iterator[Any]:
     for elements in (block // 2, block, 2 * block):
         for several in (warps // 2, warps, 2 * warps):
             in_a_thread = elements * warps / (several * block)
-            if (elements, several) != default and 0.5 <= in_a_thread <= 2.0 and 1 <= several <= 16:
+            if (elements, several) != default and 0.5 <= in_a_thread <= 2.0 and 1 <= several <= 32:
                 yield [elements, several]
 
 

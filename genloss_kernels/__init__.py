@@ -1,7 +1,7 @@
 """Fused losses for generative models in PyTorch: Triton kernels on GPUs, PyTorch operators elsewhere."""
 
 from . import distributed, functional, integrations, nn, testing
-from .core.backend import backend
+from .core.backend import backend, gradient_in_forward
 from .functional import (
     CrossEntropyStats,
     LinearCrossEntropyOptions,
@@ -97,6 +97,7 @@ __all__ = [
     "gan_generator_loss",
     "gaussian_kl",
     "gaussian_nll_loss",
+    "gradient_in_forward",
     "gradient_penalty",
     "huber_loss",
     "integrations",

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .. import functional
 from ..cases import Case
+from ..cases.case import loss_of
+from ..core import backend
 from ..core.torch_losses import TORCH_LOSSES
 from . import peers
 
 OURS, BUILTIN, COMPILED, CHUNKED = "genloss_kernels", "torch", "torch.compile", "torch chunked"
-IN_PLACE, HALF_SUMS = f"{OURS} in place", f"{OURS} half sums"
+IN_PLACE, IN_FORWARD, HALF_SUMS = f"{OURS} in place", f"{OURS} in forward", f"{OURS} half sums"
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,25 @@ def torch_chunked(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tenso
     return TORCH_LOSSES["linear_cross_entropy"](input, linear_weight, target, options=options)
 
 
-def _in_place(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def _in_place(input: Tensor, **arguments: Any) -> Tensor:
     # A view of the leaf: what a model hands over is the result of an operation.
-    return functional.cross_entropy(input.view_as(input), target, inplace_backward=True, **options)
+    return loss_of(functional.cross_entropy, input=input.view_as(input), inplace_backward=True, **arguments)
 
 
-def _half_sums(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+def _in_forward(**arguments: Any) -> Tensor:
+    with backend.gradient_in_forward():
+        return loss_of(functional.cross_entropy, **arguments)
+
+
+def _half_sums(input: Tensor, **arguments: Any) -> Tensor:
     options = functional.LinearCrossEntropyOptions(acc_dtype=input.dtype)
-    return functional.linear_cross_entropy(input, linear_weight, target, options=options)
+    return loss_of(functional.linear_cross_entropy, input=input, options=options, **arguments)
 
 
 def _modes(case: Case, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """Ours with the options that trade something for speed or memory, where they make a difference."""
     if case.loss == "cross_entropy" and device.type != "cpu":
-        return [Candidate(IN_PLACE, _in_place, overwrites=True)]
+        return [Candidate(IN_PLACE, _in_place, overwrites=True), Candidate(IN_FORWARD, _in_forward)]
     if case.loss == "linear_cross_entropy" and dtype.itemsize == 2:
         return [Candidate(HALF_SUMS, _half_sums)]
     return []

@@ -15,7 +15,7 @@ from .. import cases, info
 from ..cases import Case, floor_bytes, floor_flops
 from ..doctor import examine
 from . import plot, table
-from .candidates import BUILTIN, IN_PLACE, OURS, Candidate, candidates
+from .candidates import BUILTIN, IN_FORWARD, IN_PLACE, OURS, Candidate, candidates
 from .progress import Progress
 from .results import Report, Result, slug
 from .timing import Limit, Race, copy_rate, matmul_rate
@@ -148,7 +148,7 @@ def _problem(candidate: Candidate, case: Case, device: torch.device, dtype: torc
     if candidate.name == BUILTIN:
         return None
     # Ours computes in float32 whatever the dtype, unless told otherwise; of others no more is asked than of torch in it.
-    like = torch.float32 if candidate.name in (OURS, IN_PLACE) else dtype
+    like = torch.float32 if candidate.name in (OURS, IN_PLACE, IN_FORWARD) else dtype
     return examine(case, device, dtype, function=candidate.function, like=like).problem
 
 

@@ -74,14 +74,14 @@ class Case:
     @property
     def function(self) -> Callable[..., Tensor]:
         """The public function; of one with several results the loss alone."""
-        return partial(_loss_of, getattr(functional, self.loss))
+        return partial(loss_of, getattr(functional, self.loss))
 
     def call(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         device = torch.device(device)
         return self.make(torch.Generator(device).manual_seed(seed), device, dtype).fresh()
 
 
-def _loss_of(function: Callable[..., Any], **arguments: Any) -> Tensor:
+def loss_of(function: Callable[..., Any], **arguments: Any) -> Tensor:
     result = function(**arguments)
     return result if isinstance(result, Tensor) else result.loss
 

@@ -74,6 +74,48 @@ def backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
+class _Gradients(threading.local):
+    in_forward: bool = os.environ.get("GENLOSS_GRADIENT_IN_FORWARD") == "1"
+
+
+_gradients = _Gradients()
+
+
+def gradients_made_in_forward() -> bool:
+    """Whether a loss called now on this thread may make its gradient in the forward where it need not."""
+    return _gradients.in_forward
+
+
+@contextmanager
+def gradient_in_forward(enabled: bool = True) -> Iterator[None]:
+    """Let ``cross_entropy`` make the gradient of its logits in the forward, on this thread: a third less memory traffic.
+
+    The kernel that reads the logits for the loss writes their gradient at once, so that the backward has nothing to do
+    where the upstream gradient is 1, as after ``loss.backward()``. Any other scalar upstream gradient, such as 1 over the
+    number of micro-batches, is multiplied in by one more pass, which is then slower than without: give ``divisor`` instead,
+    or leave this off. The gradient takes its memory from the forward on. It holds for kernels in fp32, fp64 and bf16,
+    class indices, ``mean`` and ``sum``, without statistics, outside ``torch.compile`` and ``torch.func``; elsewhere nothing
+    changes. ``linear_cross_entropy`` does so anyway, and so do large losses on the CPU. The default comes from
+    ``GENLOSS_GRADIENT_IN_FORWARD=1`` when the package is imported.
+
+    Numerics:
+        A bf16 gradient is rounded once more where the upstream gradient is not a power of 2.
+
+    Example:
+        >>> import torch, genloss_kernels as gk
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> with gk.gradient_in_forward():
+        ...     gk.cross_entropy(logits, torch.tensor([0, 3])).backward()
+        >>> logits.grad[0]
+        tensor([-0.3750,  0.1250,  0.1250,  0.1250])
+    """
+    previous, _gradients.in_forward = _gradients.in_forward, enabled
+    try:
+        yield
+    finally:
+        _gradients.in_forward = previous
+
+
 def debug() -> bool:
     """Whether ``GENLOSS_DEBUG=1`` asks for checks that read values on a GPU (read on every call)."""
     return os.environ.get("GENLOSS_DEBUG") == "1"

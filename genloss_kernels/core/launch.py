@@ -147,6 +147,29 @@ def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
     return Tile(block, block // elements) if block <= most * elements else None
 
 
+# A row whose exponentials are held between its loss and its gradient: twice as many elements in a warp spill.
+_HELD_ROW = {2: (1024, 32), 4: (1024, 32), 8: (256, 32)}
+
+# Both passes over a row that nothing can hold, labels only: one program fills a multiprocessor, so that the rows under way
+# (256 kB each for 128k classes in half precision) fit into the second-level cache, 50 MB on an H200. By itemsize, for rows
+# that are aligned and for ragged ones, which carry more; None where these spill.
+_LONG_ROW_TILES = {2: (Tile(16384, 32), Tile(8192, 32)), 4: (Tile(8192, 32), None), 8: (None, None)}
+
+
+def held_loss_tile(n_cols: int, itemsize: int) -> Tile | None:
+    """Tile that holds a whole row of logits for loss and gradient; None where no program can."""
+    elements, most = _HELD_ROW[itemsize]
+    block = max(_power_of_two(n_cols), 1024)
+    return Tile(block, max(4, block // elements)) if block <= most * elements else None
+
+
+def long_row_tile(n_cols: int, itemsize: int, *, ragged: bool, device: torch.device) -> Tile | None:
+    """Tile for both passes over a row that is too long to hold; None for others, and where it would spill."""
+    tile = None if held_loss_tile(n_cols, itemsize) else _LONG_ROW_TILES[itemsize][ragged]
+    kind = "ragged row read twice, too long to hold" if ragged else "row read twice, too long to hold"
+    return tile and Tile(*tuned.entry(device, kind, itemsize, tile))
+
+
 class RowsTile(NamedTuple):
     """Rows and columns that one program holds at once."""
 

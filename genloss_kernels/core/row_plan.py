@@ -30,11 +30,13 @@ class Plan(NamedTuple):
     ragged: bool
 
 
-def plan(streams: list[Tensor], target: Tensor | None, *, heavy: bool = False, twice: bool = False) -> Plan:
+def plan(
+    streams: list[Tensor], target: Tensor | None, *, heavy: bool = False, twice: bool = False, light: bool = False
+) -> Plan:
     """Plan a pass over ``streams``, operands (N, C, d1, ...) read or written in full, the logits first.
 
     ``target`` holds class indices, one a row, and is addressed by its own strides. ``heavy`` passes carry more in each lane
-    than the softmax needs; one kernel may go over long rows ``twice``.
+    than the softmax needs; one kernel may go over long rows ``twice``, ``light`` if their lanes carry no coefficients.
     """
     logits = streams[0]
     operands = [row_strides(s) for s in streams]
@@ -50,7 +52,8 @@ def plan(streams: list[Tensor], target: Tensor | None, *, heavy: bool = False, t
     processors = multiprocessors(logits.device)
     if by_rows:
         vec, ragged = _alignment(streams, strides, n_cols) if contiguous_cols else (1, False)
-        tile = launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice, device=logits.device)
+        tile = launch.long_row_tile(n_cols, itemsize, ragged=ragged, device=logits.device) if light and vec > 1 else None
+        tile = tile or launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice, device=logits.device)
         n_splits = launch.splits(n_rows, -(-n_cols // tile.block), processors)
         split_cols = _share(n_cols, n_splits, tile.block)
         n_splits = -(-n_cols // split_cols)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from torch import Tensor
 
-from .backend import traced
+from .backend import multiprocessors, traced
 from .launch import launch
 from .reduction import accumulator, kernel_dtype
+from .row_plan import extent
 
 _BLOCK, _WARPS = 2**12, 8
 
+# To a multiprocessor, as many as it holds at once.
+_PROGRAMS = 8
+
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
-    """Multiply contiguous tensors, empty ones apart, by a number on their device; by 1 at the price of reading it."""
+    """Multiply tensors whose elements share no memory by a number on their device; by 1 at the price of reading it."""
     tensors = [t for t in tensors if t.numel()]
     if not tensors:
         return
@@ -26,9 +29,11 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
         return
     from .scaling_kernel import _scale_kernel
 
-    sizes = tuple(t.numel() for t in tensors)
-    ends = tuple(accumulate(-(-size // _BLOCK) for size in sizes))
+    # In the order of memory, gaps included.
+    sizes = tuple(extent(t) or t.numel() for t in tensors)
+    # Few programs, since mostly they have nothing to do: one for each block would take longer to start than a small loss.
+    programs = min(sum(-(-size // _BLOCK) for size in sizes), _PROGRAMS * multiprocessors(factor.device))
     launch(
-        _scale_kernel, ends[-1], factor.device, tuple(tensors), sizes, ends, factor,
+        _scale_kernel, programs, factor.device, tuple(tensors), sizes, programs, factor,
         DTYPE=kernel_dtype(accumulator(tensors[0].dtype)), BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip

@@ -57,6 +57,10 @@ class Specialisation:
             return self.constexprs[place,]
         return {path[1]: value for path, value in self.constexprs.items() if path[0] == place and len(path) == 2}
 
+    def has(self, flag: str) -> bool:
+        """Whether the kernel has this flag, and it is set."""
+        return flag in self.kernel.arg_names and bool(self[flag])
+
     def key(self) -> tuple[str, ...]:
         """Equal for launches that share a compiled kernel."""
         return (

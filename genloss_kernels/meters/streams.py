@@ -62,17 +62,18 @@ def _tile_streams(kernel: Specialisation) -> Streams | None:
 
 
 def _class_streams(kernel: Specialisation, block: int) -> Streams:
-    forward, in_place = "forward" in kernel.name, "loss_and_gradient" in kernel.name
-    coefficients = kernel["PROBABILITIES"] or kernel["SMOOTHING"]
+    forward, both = "forward" in kernel.name, "loss_and_gradient" in kernel.name
+    probabilities = kernel.has("PROBABILITIES")
+    coefficients = probabilities or kernel["SMOOTHING"]
     # Without a gradient of the logits the backward needs the weights, but no targets.
     loads = [
         "logits_ptr",
-        *(["target_ptr"] if kernel["PROBABILITIES"] and (forward or in_place or kernel["GRAD_LOGITS"]) else []),
+        *(["target_ptr"] if probabilities and (forward or both or kernel["GRAD_LOGITS"]) else []),
     ]
     gradients = (("GRAD_LOGITS", "grad_logits_ptr"), ("GRAD_TARGET", "grad_target_ptr"))
-    stores = [] if forward else [pointer for flag, pointer in gradients if flag in kernel.kernel.arg_names and kernel[flag]]
-    if in_place:
-        stores.append("logits_ptr")
+    stores = [] if forward else [pointer for flag, pointer in gradients if kernel.has(flag)]
+    if both:
+        stores.append("grad_logits_ptr")
     others = ["weight_ptr"] if coefficients and kernel.signature["weight_ptr"] != "constexpr" else []
     elements = _elements(kernel, block)
     return Streams(_sizes(kernel, loads), _sizes(kernel, stores), _sizes(kernel, others), (), elements)
@@ -176,6 +177,7 @@ STREAMS: dict[str, Callable[[Specialisation], Streams | None]] = {
     "_cross_entropy_forward_rows_kernel": _row_streams,
     "_cross_entropy_backward_rows_kernel": _row_streams,
     "_cross_entropy_loss_and_gradient_kernel": _row_streams,
+    "_cross_entropy_loss_and_gradient_held_kernel": _row_streams,
     "_cross_entropy_forward_tiles_kernel": _tile_streams,
     "_cross_entropy_backward_tiles_kernel": _tile_streams,
     "_divergence_forward_rows_kernel": _divergence_streams,

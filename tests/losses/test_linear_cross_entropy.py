@@ -75,7 +75,7 @@ def test_options(path: str, kind: str, reduction: str, name: str) -> None:
     check(gk.linear_cross_entropy, _oracle, make(reduction=reduction, **drawn), differentiable)
 
 
-FUSED = "_cross_entropy_loss_and_gradient_kernel"
+HELD, FUSED = "_cross_entropy_loss_and_gradient_held_kernel", "_cross_entropy_loss_and_gradient_kernel"
 
 
 @pytest.mark.interpreter
@@ -84,6 +84,8 @@ FUSED = "_cross_entropy_loss_and_gradient_kernel"
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_launch_makes_loss_and_gradient(kind: str, name: str, n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a chunk, in rows of several tiles, aligned and not, and in both ways that the divisor comes."""
+    monkeypatch.setattr(launch, "_HELD_ROW", dict.fromkeys((2, 4, 8), (1, 1)))
+    monkeypatch.setattr(launch, "long_row_tile", lambda *_, **__: None)
     monkeypatch.setattr(launch, "row_tile", lambda *_, **__: launch.Tile(256, 4))
     monkeypatch.setattr(launch, "splits", lambda *_: 1)
     make, differentiable = KINDS[kind]
@@ -97,6 +99,20 @@ def test_one_launch_makes_loss_and_gradient(kind: str, name: str, n_classes: int
         with gk.backend("triton"), gk.testing.count_launches() as launches:
             check(gk.linear_cross_entropy, _oracle, given, differentiable, products=True)
         assert launches == {FUSED: 2, "_scale_kernel": 1}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.125}, {"logit_scale": 0.75, "z_loss": 2.0**-9}])
+def test_rows_that_a_program_holds(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient takes the place of logits that are read once; a softcap needs them again."""
+    monkeypatch.setattr(launch, "splits", lambda *_: 1)
+    for n_classes in (520, 1203):
+        with gk.backend("triton"), gk.testing.count_launches() as launches:
+            check(gk.linear_cross_entropy, _oracle, _labels(10, n_classes, **options), LAYER, products=True)
+        assert launches == {HELD: 2, "_scale_kernel": 1}
+    with gk.backend("triton"), gk.testing.count_launches() as launches:
+        check(gk.linear_cross_entropy, _oracle, _labels(10, 520, softcap=8.0, **options), LAYER, products=True)
+    assert launches == {FUSED: 2, "_scale_kernel": 1}
 
 
 @pytest.mark.interpreter

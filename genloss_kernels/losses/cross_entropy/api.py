@@ -12,7 +12,7 @@ from ...core import autograd, backend, checks
 from ...core.classes import check_class_weight, check_index_target, index_target
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
 from ...core.row_plan import extent
-from . import reference
+from . import made, reference
 from .op import CrossEntropy
 from .reference import Options
 
@@ -201,12 +201,17 @@ def cross_entropy(
         return _by_reference(input, target, weight, row_weight, tensor_divisor, options, dtype, single)
     if weights_learn:
         return _weighted_rows(input, target, weight, row_weight, tensor_divisor, options, dtype, single, in_place)
+    row_weight = None if row_weight is None else row_weight.contiguous()
+    if triton and grad and not in_place and made.fits(input, target, options):
+        return made.CrossEntropyMadeInForward.apply(  # pyright: ignore[reportReturnType]
+            input, target, weight, row_weight, tensor_divisor, options, dtype
+        )
     loss, *stats, _, _ = autograd.apply(
         CrossEntropy,
         input,
         target,
         weight,
-        None if row_weight is None else row_weight.contiguous(),
+        row_weight,
         tensor_divisor,
         *options,
         dtype,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
 from ...core.softmax import collapse, first_state, initial_state, transform, update
-from ...core.triton_math import expm1_excess, narrowed, scalar
+from ...core.triton_math import expm1_excess, lowest, narrowed, scalar
 
 
 @triton.jit
@@ -531,6 +531,15 @@ def _row_gradient(
 
 
 @triton.jit
+def _slope_by_label(of_probability, q, index, label, at_label, of_uniform, SMOOTHING: tl.constexpr):
+    """Gradient of transformed logits, from the part that each one's probability has in it."""
+    dy = tl.where(index == label, at_label, of_probability)
+    if SMOOTHING:
+        dy -= of_uniform * q
+    return dy
+
+
+@triton.jit
 def _give(
     y, target_pointers, grad_pointers, grad_target_pointers, weight_ptr, index, live, label,
     row_state, smoothing, uniform, logit_scale, inverse_softcap,
@@ -540,6 +549,7 @@ def _give(
     """Gradient of one tile, from its logits and its rows' coefficients."""
     valid, maximum, log_total, grad, of_probability, at_label, of_target, of_entropy, entropy = row_state
     log_probability = (y - maximum) - log_total
+    q = y
     if PROBABILITIES or SMOOTHING:
         q, t, weight = _coefficients(
             target_pointers, weight_ptr, index, live, smoothing, uniform, PROBABILITIES, MASKED, DTYPE
@@ -552,9 +562,7 @@ def _give(
             if STATS:
                 dy += of_target * t
         else:
-            dy = tl.where(index == label, at_label, dy)
-            if SMOOTHING:
-                dy -= grad * uniform * q
+            dy = _slope_by_label(dy, q, index, label, at_label, grad * uniform, SMOOTHING)
         if STATS:
             surplus = tl.where(probability > 0.0, probability * (log_probability + entropy), 0.0)
             dy -= of_entropy * surplus
@@ -683,14 +691,15 @@ def _cross_entropy_backward_rows_kernel(
 
 @triton.jit
 def _cross_entropy_loss_and_gradient_kernel(
-    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, divisor_ptr, upstream_ptr, loss_ptr, grad_target_ptr,
-    shape, logits_strides, target_strides, grad_target_strides,
-    logits_stride_col, target_stride_col, grad_target_stride_col, n_rows, n_cols, ignore_index,
+    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, divisor_ptr, upstream_ptr, loss_ptr,
+    grad_logits_ptr, grad_target_ptr,
+    shape, logits_strides, target_strides, grad_strides, grad_target_strides,
+    logits_stride_col, target_stride_col, grad_stride_col, grad_target_stride_col, n_rows, n_cols, ignore_index,
     smoothing: tl.float64, logit_scale: tl.float64, softcap: tl.float64, z_loss: tl.float64, divisor: tl.float64,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, GRAD_TARGET: tl.constexpr,
     VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one row's loss, and writes the gradient over its logits, which it reads again out of the cache."""
+    """One program finds one row's loss and gradient, perhaps over its logits, which it reads again out of the cache."""
     smoothing = scalar(smoothing, DTYPE)
     logit_scale = scalar(logit_scale, DTYPE)
     softcap = scalar(softcap, DTYPE)
@@ -726,15 +735,110 @@ def _cross_entropy_loss_and_gradient_kernel(
         n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
         PROBABILITIES, SMOOTHING, False, False, DTYPE,
     )  # fmt: skip
-    # Every lane has read the label's logit, which one of them is about to overwrite.
+    # Every lane has read the label's logit, which one of them may be about to overwrite.
     tl.debug_barrier()
     _give_row(
-        logits_ptr, target_ptr, logits_ptr, grad_target_ptr, weight_ptr,
-        offset, target_offset, offset, row_offset(row, shape, grad_target_strides),
-        logits_stride_col, target_stride_col, logits_stride_col, grad_target_stride_col,
+        logits_ptr, target_ptr, grad_logits_ptr, grad_target_ptr, weight_ptr,
+        offset, target_offset, row_offset(row, shape, grad_strides), row_offset(row, shape, grad_target_strides),
+        logits_stride_col, target_stride_col, grad_stride_col, grad_target_stride_col,
         n_cols, 0, n_cols, label, row_state, smoothing, uniform, logit_scale, softcap, inverse_softcap,
         PROBABILITIES, SMOOTHING, SOFTCAP, False, True, GRAD_TARGET, VEC, RAGGED, DTYPE, BLOCK,
     )  # fmt: skip
+
+
+@triton.jit
+def _held(row_pointers, weight_ptr, cols, live, logit_scale, SMOOTHING: tl.constexpr, DTYPE: tl.constexpr):
+    """Logits of a part of a row, -inf where not live, their largest, finite, and their coefficients."""
+    y = _logits(row_pointers, live, logit_scale, 1.0, 1.0, False, True, DTYPE)
+    top = tl.maximum(tl.max(y, 0), lowest(DTYPE))
+    q = y
+    if SMOOTHING:
+        q, _, _ = _coefficients(row_pointers, weight_ptr, cols, live, 0.0, 0.0, False, True, DTYPE)
+    return y, top, q
+
+
+@triton.jit
+def _held_sums(y, q, live, top, SMOOTHING: tl.constexpr):
+    """Exponentials relative to ``top``, their sum, and the sums of the coefficients and with them."""
+    difference = y - top
+    exponential = tl.exp(difference)
+    mass = top * 0.0
+    moment = mass
+    if SMOOTHING:
+        mass = tl.sum(q, 0)
+        moment = tl.sum(tl.where(live, q * difference, 0.0), 0)
+    return exponential, tl.sum(exponential, 0), mass, moment
+
+
+@triton.jit
+def _give_held(
+    exponential, q, grad_pointers, cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
+    SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    dy = _slope_by_label(exponential * of_probability, q, cols, label, at_label, of_uniform, SMOOTHING)
+    tl.store(grad_pointers, narrowed(tl.where(valid, dy * logit_scale, 0.0), grad_pointers), mask=live)
+
+
+@triton.jit
+def _cross_entropy_loss_and_gradient_held_kernel(
+    logits_ptr, target_ptr, weight_ptr, row_weight_ptr, divisor_ptr, upstream_ptr, loss_ptr, grad_logits_ptr,
+    shape, logits_strides, target_strides, grad_strides, n_rows, n_cols, ignore_index,
+    smoothing: tl.float64, logit_scale: tl.float64, z_loss: tl.float64, divisor: tl.float64,
+    SMOOTHING: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """One program finds one row's loss and gradient, perhaps over its logits, from labels; it holds the exponentials."""
+    smoothing = scalar(smoothing, DTYPE)
+    logit_scale = scalar(logit_scale, DTYPE)
+    z_loss = scalar(z_loss, DTYPE)
+    row = tl.program_id(0).to(tl.int64)
+    offset = row_offset(row, shape, logits_strides)
+    label = tl.load(target_ptr + row_offset(row, shape, target_strides)).to(tl.int64)
+    valid = label != ignore_index
+    label_y = _label_logit(logits_ptr + offset, label, 1, n_cols, ignore_index, logit_scale, 1.0, 1.0, False, False, DTYPE)
+    head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
+    cols = tl.arange(0, BLOCK)
+    live = cols < tl.multiple_of(body, VEC)
+    y, top, q = _held(logits_ptr + first + cols, weight_ptr, head + cols, live & valid, logit_scale, SMOOTHING, DTYPE)
+    if RAGGED:
+        edge = edge_columns(tl.arange(0, EDGE), head, body)
+        at_edge = edge < n_cols - head
+        edge_y, edge_top, edge_q = _held(
+            logits_ptr + first + edge, weight_ptr, head + edge, at_edge & valid, logit_scale, SMOOTHING, DTYPE
+        )
+        top = tl.maximum(top, edge_top)
+    exponential, total, mass, moment = _held_sums(y, q, live & valid, top, SMOOTHING)
+    if RAGGED:
+        edge_exponential, edge_total, edge_mass, edge_moment = _held_sums(edge_y, edge_q, at_edge & valid, top, SMOOTHING)
+        total += edge_total
+        mass += edge_mass
+        moment += edge_moment
+    zero = top * 0.0
+    _, lse, mass = _finish(
+        (top, total, mass, moment, zero, zero, zero, zero, zero, zero), row, row >= 0, label, label_y, weight_ptr,
+        row_weight_ptr, loss_ptr, None, None, None, None, n_rows, n_cols, ignore_index, smoothing, z_loss,
+        False, SMOOTHING, False, False, False, DTYPE,
+    )  # fmt: skip
+    _, _, _, grad, of_probability, at_label, _, _, _ = _row_gradient(
+        lse, mass, row, row >= 0, label, weight_ptr, row_weight_ptr, None, divisor_ptr,
+        upstream_ptr, None, None, None, None, 0, 0, 0, 0,
+        n_rows, n_cols, ignore_index, smoothing, z_loss, scalar(divisor, DTYPE),
+        False, SMOOTHING, False, False, DTYPE,
+    )  # fmt: skip
+    of_probability = of_probability / total
+    of_uniform = grad * (smoothing / n_cols)
+    # Every lane has read the label's logit, which one of them may be about to overwrite.
+    tl.debug_barrier()
+    grad_row = grad_logits_ptr + first_aligned(row_offset(row, shape, grad_strides), head, VEC, RAGGED)
+    _give_held(
+        exponential, q, grad_row + cols, head + cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
+        SMOOTHING,
+    )  # fmt: skip
+    if RAGGED:
+        _give_held(
+            edge_exponential, edge_q, grad_row + edge, head + edge, at_edge, label, valid, of_probability, at_label,
+            of_uniform, logit_scale, SMOOTHING,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.autograd import apart
-from ...core.launch import WHOLE_ROW, launch
+from ...core.launch import WHOLE_ROW, held_loss_tile, launch
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator, kernel_dtype, launch_reduction
 from ...core.row_plan import Plan, gradient_like, incoming, plan
@@ -16,6 +16,10 @@ from . import eager, reference
 from .reference import Options
 
 SPLIT_STATISTICS = 8
+
+
+def loss_shape(logits: Tensor) -> tuple[int, ...]:
+    return (logits.size(0), *logits.shape[2:])
 
 
 def _scalars(options: Options) -> tuple[float, float, float, float]:
@@ -41,7 +45,7 @@ def _launch_forward(
 
     probabilities = target.is_floating_point()
     acc = accumulator(logits.dtype)
-    rows_shape = logits.select(1, 0).shape if logits.size(1) else (logits.size(0), *logits.shape[2:])
+    rows_shape = loss_shape(logits)
     streams = [logits, target] if probabilities else [logits]
     p = plan(streams, None if probabilities else target, heavy=probabilities or options.stats)
     reduce = options.reduction != Reduction.NONE
@@ -173,7 +177,7 @@ def _forward_fake(
     fixed_divisor: float | None, reduction: int, stats: bool, dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     acc = accumulator(logits.dtype)
-    rows_shape = (logits.size(0), *logits.shape[2:])
+    rows_shape = loss_shape(logits)
     n_rows = 1
     for size in rows_shape:
         n_rows = n_rows * size
@@ -285,10 +289,12 @@ def loss_and_gradient(
 ) -> Tensor:  # fmt: skip
     """Loss of each row before it is divided; writes the gradients of their mean or sum as :func:`write_gradients` does.
 
-    In one launch where the kernels write the gradient over the logits and a row is not shared among programs.
+    In one launch where a row is long and not shared among programs.
     """
-    if triton and grad_logits is logits and logits.numel():
-        loss = _launch_loss_and_gradient(logits, target, weight, row_weight, divisor, upstream, options, grad_target)
+    if triton and grad_logits is not None and logits.numel():
+        loss = _launch_loss_and_gradient(
+            logits, target, weight, row_weight, divisor, upstream, options, grad_logits, grad_target
+        )
         if loss is not None:
             return loss
     rows = options._replace(reduction=Reduction.NONE, divisor=None)
@@ -313,28 +319,46 @@ def loss_and_gradient(
 
 def _launch_loss_and_gradient(
     logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
-    upstream: Tensor, options: Options, grad_target: Tensor | None,
+    upstream: Tensor, options: Options, grad_logits: Tensor, grad_target: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     from . import kernels
 
     probabilities = target.is_floating_point()
     acc = accumulator(logits.dtype)
-    streams = [t for t in (logits, target if probabilities else None, grad_target) if t is not None]
-    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True)
+    streams = [t for t in (logits, grad_logits, target if probabilities else None, grad_target) if t is not None]
+    light = not probabilities and not options.label_smoothing
+    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True, light=light)
     if not p.by_rows or p.n_splits > 1:
         return None
-    loss = torch.empty(p.n_rows, dtype=acc, device=logits.device)
-    grad_target_strides = p.strides[2] if grad_target is not None else p.strides[1]
+    loss = torch.empty(loss_shape(logits), dtype=acc, device=logits.device)
+    pointers = (logits, target, weight, row_weight, divisor, upstream, loss, grad_logits)
+    sizes = p.n_rows, p.n_cols, options.ignore_index
+    fixed = 1.0 if divisor is not None or options.divisor is None else options.divisor
+    flags = {
+        "SMOOTHING": options.label_smoothing != 0.0,
+        "VEC": p.vec,
+        "RAGGED": p.ragged,
+        "DTYPE": kernel_dtype(acc),
+    }
+    held = held_loss_tile(p.n_cols, logits.element_size())
+    if held is not None and not probabilities and options.softcap is None and p.vec > 1:
+        launch(
+            kernels._cross_entropy_loss_and_gradient_held_kernel, p.programs, logits.device,
+            *pointers, p.shape, p.strides[0], p.strides[2], p.strides[1], *sizes,
+            options.label_smoothing, options.logit_scale, options.z_loss, fixed,
+            **flags, BLOCK=held.block, EDGE=2 * p.vec, num_warps=held.num_warps,
+        )  # fmt: skip
+        return loss
+    grad_target_strides = p.strides[3] if grad_target is not None else p.strides[2]
     launch(
         kernels._cross_entropy_loss_and_gradient_kernel, p.programs, logits.device,
-        logits, target, weight, row_weight, divisor, upstream, loss, logits if grad_target is None else grad_target,
-        p.shape, p.strides[0], p.strides[1], grad_target_strides,
-        logits.stride(1), target.stride(1) if probabilities else 0, 1 if grad_target is None else grad_target.stride(1),
-        p.n_rows, p.n_cols, options.ignore_index, *_scalars(options),
-        1.0 if divisor is not None or options.divisor is None else options.divisor,
-        PROBABILITIES=probabilities, SMOOTHING=options.label_smoothing != 0.0, SOFTCAP=options.softcap is not None,
-        GRAD_TARGET=grad_target is not None, VEC=p.vec, RAGGED=p.ragged, DTYPE=kernel_dtype(acc), BLOCK=p.block,
-        num_warps=p.num_warps,
+        *pointers, logits if grad_target is None else grad_target,
+        p.shape, p.strides[0], p.strides[2], p.strides[1], grad_target_strides,
+        logits.stride(1), target.stride(1) if probabilities else 0, grad_logits.stride(1),
+        1 if grad_target is None else grad_target.stride(1),
+        *sizes, *_scalars(options), fixed,
+        **flags, PROBABILITIES=probabilities, SOFTCAP=options.softcap is not None, GRAD_TARGET=grad_target is not None,
+        BLOCK=p.block, num_warps=p.num_warps,
     )  # fmt: skip
     return loss
 
@@ -413,7 +437,7 @@ class CrossEntropy(torch.autograd.Function):
                     "inplace_backward=True cannot be differentiated twice: its backward overwrites the logits. "
                     "Leave inplace_backward out where create_graph=True"
                 )
-            return *_reference_gradients(
+            return *reference_gradients(
                 logits, target, weight, row_weight, divisor, options, upstream, need_logits, need_target
             ), *nothing
         own = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
@@ -434,7 +458,7 @@ class CrossEntropy(torch.autograd.Function):
         return grad_logits if need_logits else None, grad_target if need_target else None, *nothing
 
 
-def _reference_gradients(
+def reference_gradients(
     logits: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, divisor: Tensor | None,
     options: Options, grads: tuple[Tensor | None, ...], need_logits: bool, need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip

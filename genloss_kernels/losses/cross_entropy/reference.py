@@ -121,6 +121,18 @@ def normalizer(
     return found if row_weight is None else found * row_weight.to(dtype)
 
 
+def mean_divisor(
+    target: Tensor, weight: Tensor | None, row_weight: Tensor | None, n_classes: int, valid: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What the mean divides by, from the targets and weights alone; ``valid`` says which of the labels count."""
+    if row_weight is None and (weight is None or valid is None):
+        return target.new_full((), target.size(0), dtype=dtype) if valid is None else valid.sum(dtype=dtype)
+    weight = None if weight is None else weight.to(dtype)
+    each = normalizer(target, weight, row_weight, n_classes, dtype)
+    return (each if valid is None else torch.where(valid, each, 0.0)).sum()
+
+
 def combine(
     sums: Sums, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, options: Options, dim: int, n_classes: int
 ) -> Rows:

@@ -96,14 +96,9 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 def mean_divisor(head: Head, ignored: Tensor | None) -> Tensor:
     """What the mean divides by, from the targets and weights alone."""
-    dtype, n_classes = accumulator(head.input.dtype), head.linear_weight.size(0)
-    if head.row_weight is None and (head.weight is None or ignored is None):
-        if ignored is None:
-            return head.input.new_full((), head.input.size(0), dtype=dtype)
-        return (~ignored).sum(dtype=dtype)
-    weight = None if head.weight is None else head.weight.to(dtype)
-    normalizer = reference.normalizer(head.target, weight, head.row_weight, n_classes, dtype)
-    return (normalizer if ignored is None else normalizer.masked_fill(ignored, 0.0)).sum()
+    n_classes, dtype = head.linear_weight.size(0), accumulator(head.input.dtype)
+    valid = None if ignored is None else ~ignored
+    return reference.mean_divisor(head.target, head.weight, head.row_weight, n_classes, valid, dtype)
 
 
 def forward(head: Head, options: Options, most: int, *, triton: bool) -> Rows:
