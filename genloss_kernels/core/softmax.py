@@ -20,7 +20,7 @@ never to 0, so that no digits cancel where the largest probability is close to 1
 import triton
 import triton.language as tl
 
-from .triton_math import lowest, tanh
+from .triton_math import exp_flushed, lowest, tanh
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def update(
     """
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
     difference = y - maximum
-    decay = tl.exp(-tl.abs(difference))
+    decay = exp_flushed(-tl.abs(difference))
     rises = difference > 0.0
     # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
     difference = tl.minimum(difference, -lowest(maximum.dtype))

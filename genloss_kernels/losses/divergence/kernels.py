@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.triton_math import atanh_excess, expm1_excess, log1p_unit, lowest, narrowed, scalar
+from ...core.triton_math import atanh_excess, exp_flushed, expm1_excess, log1p_unit, lowest, narrowed, scalar
 
 KL = tl.constexpr(0)
 JS = tl.constexpr(1)
@@ -100,7 +100,7 @@ def _update(state, a, b, KIND: tl.constexpr):
     maximum_a, total_a, maximum_b, total_b, moment, hole = state
     far = _far(a.dtype)
     change_a = a - maximum_a
-    e_a = tl.exp(-tl.abs(change_a))
+    e_a = exp_flushed(-tl.abs(change_a))
     rises = change_a > 0.0
     decay = tl.where(rises, e_a, 1.0)
     weight = tl.where(rises, 1.0, e_a)
@@ -109,7 +109,7 @@ def _update(state, a, b, KIND: tl.constexpr):
     below = tl.maximum(tl.minimum(change_a, 0.0), -far)
     if KIND != ENTROPY:
         change_b = b - maximum_b
-        e_b = tl.exp(-tl.abs(change_b))
+        e_b = exp_flushed(-tl.abs(change_b))
         total_b = tl.where(change_b > 0.0, total_b * e_b + 1.0, total_b + e_b)
         maximum_b = tl.maximum(maximum_b, b)
     if KIND == KL:
