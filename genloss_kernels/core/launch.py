@@ -164,6 +164,18 @@ def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, itemsize: int = 
     return RowsTile(min(max(1, elements // cols), 128), cols, 4)
 
 
+# Bytes of each operand's row in a thread, of fp32 and narrower 16 elements: what is found for a row, about 100
+# instructions, is shared by as many of its elements, and twice as many spill.
+_HELD_BYTES = 64
+
+
+def whole_rows_tile(n_cols: int, itemsize: int, vec: int) -> tuple[RowsTile, int]:
+    """Tile of short contiguous rows, each held by few threads, and the chunks of a row that each of these reads."""
+    elements = _HELD_BYTES // max(4, itemsize)
+    cols = max(elements, _power_of_two(n_cols))
+    return RowsTile(min(4 * 32 * elements // cols, 128), cols, 4), elements // vec
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -262,7 +262,11 @@ def _kl_terms(a, b, row):
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     p = tl.exp((a - maximum_a) - log_a)
     q = tl.exp((b - maximum_b) - log_b)
-    difference = ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a)
+    return _kl_term(p, q, ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a))
+
+
+@triton.jit
+def _kl_term(p, q, difference):
     _, excess = expm1_excess(difference)
     term = tl.where(tl.abs(difference) < 0.5, p * excess, (q - p) - p * difference)
     return tl.where(p == 0.0, q, term)
@@ -588,15 +592,91 @@ def _chosen(value, total, KIND: tl.constexpr):
 
 
 @triton.jit
+def _over_classes(values):
+    """Numbers of rows, to broadcast over a tile (rows, chunks, columns)."""
+    maximum_a, log_a, maximum_b, log_b, first, second = values
+    return (
+        maximum_a[:, None, None], log_a[:, None, None], maximum_b[:, None, None], log_b[:, None, None],
+        first[:, None, None], second[:, None, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _class_sum(x):
+    """Sum of each row of a tile (rows, chunks, columns); a thread holds all chunks of its rows, and adds them up first."""
+    return tl.sum(tl.sum(x, axis=1), axis=1)
+
+
+@triton.jit
+def _class_max(x):
+    return tl.max(tl.max(x, axis=1), axis=1)
+
+
+@triton.jit
+def _whole_state(a, b, KIND: tl.constexpr):
+    """Collapsed state of the rows of a tile that holds all their classes, and what they add to the totals.
+
+    The maxima first, so that each logit takes one exponential.
+    """
+    far = _far(a.dtype)
+    top_a = tl.maximum(_class_max(a), lowest(a.dtype))
+    change_a = a - top_a[:, None, None]
+    e_a = exp_flushed(change_a)
+    total_a = _class_sum(e_a)
+    below = tl.maximum(change_a, -far)
+    top_b = top_a
+    e_b = e_a
+    total_b = total_a
+    hole = top_a
+    moment = total_a
+    if KIND != ENTROPY:
+        top_b = tl.maximum(_class_max(b), lowest(b.dtype))
+        change_b = b - top_b[:, None, None]
+        e_b = exp_flushed(change_b)
+        total_b = _class_sum(e_b)
+    if KIND == KL:
+        below -= tl.maximum(change_b, -far)
+        hole = _class_max(_hole(a, b))
+    if KIND != JS:
+        moment = _class_sum(e_a * below)
+    return (top_a, total_a, top_b, total_b, moment, hole), e_a, e_b
+
+
+@triton.jit
 def _whole_rows(a, b, weights, KIND: tl.constexpr):
     """Numbers of the rows of a tile that holds all their classes, and their divergences."""
-    values, value = _row(_collapse(_first_state(a, b, KIND), 1, KIND), KIND)
-    if KIND != ENTROPY:
-        total, of_a, of_b = _terms(a, b, _wide(values), weights, KIND)
-        value = _chosen(value, tl.sum(total, axis=1), KIND)
+    state, e_a, e_b = _whole_state(a, b, KIND)
+    values, value = _row(state, KIND)
+    if KIND == KL:
+        top_a, total_a, top_b, total_b, _, _ = state
+        terms = _kl_term(
+            e_a * (1.0 / total_a)[:, None, None], e_b * (1.0 / total_b)[:, None, None],
+            ((b - top_b[:, None, None]) - (a - top_a[:, None, None])) - (values[3] - values[1])[:, None, None],
+        )  # fmt: skip
+        value = _chosen(value, _class_sum(terms), KIND)
     if KIND == JS:
-        values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
+        terms, of_a, of_b = _js_terms(a, b, _over_classes(values), weights)
+        value = _class_sum(terms)
+        values = _with_means(values, _class_sum(of_a), _class_sum(of_b))
     return values, value
+
+
+@triton.jit
+def _whole_tile(
+    a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+    KIND: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Logits of whole rows as tiles (rows, chunks, columns); their columns, and which of the elements there are."""
+    CHUNK: tl.constexpr = BLOCK_COLS // CHUNKS
+    cols = tl.arange(0, CHUNKS)[None, :, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    # Whole vectors, as the rows' offsets are: a mask of whole vectors lets the compiler keep wide loads.
+    live = row_live[:, None, None] & (cols < n_cols // VEC * VEC)
+    a, b = _pair(
+        a_ptr + first_aligned(a_offsets, 0, VEC, False)[:, None, None],
+        b_ptr + first_aligned(b_offsets, 0, VEC, False)[:, None, None],
+        cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, VEC, True, DTYPE,
+    )  # fmt: skip
+    return a, b, cols, live
 
 
 @triton.jit
@@ -604,25 +684,26 @@ def _divergence_forward_tiles_kernel(
     a_ptr, b_ptr, loss_ptr, partial_ptr, saved_ptr, shape, a_strides, b_strides, a_stride_inner, b_stride_inner,
     a_stride_col, b_stride_col, n_inner, inner_tiles, n_rows, n_cols,
     inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
-    KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program walks the classes of neighbouring rows, so that neighbouring lanes read neighbouring addresses."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
     weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0), BLOCK_ROWS)
     row = outer * n_inner + inner
-    a_rows = a_ptr + (row_offset(outer, shape, a_strides) + inner * a_stride_inner)[:, None]
-    b_rows = b_ptr + (row_offset(outer, shape, b_strides) + inner * b_stride_inner)[:, None]
-    lane = tl.arange(0, BLOCK_COLS)
+    a_offsets = row_offset(outer, shape, a_strides) + inner * a_stride_inner
+    b_offsets = row_offset(outer, shape, b_strides) + inner * b_stride_inner
     if WHOLE:
-        cols = lane[None, :]
-        a, b = _pair(
-            a_rows, b_rows, cols, a_stride_col, b_stride_col, row_live[:, None] & (cols < n_cols), inverse_temperature,
-            KIND, 1, True, DTYPE,
+        a, b, _, _ = _whole_tile(
+            a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+            KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
         values, value = _whole_rows(a, b, weights, KIND)
     else:
+        a_rows = a_ptr + a_offsets[:, None]
+        b_rows = b_ptr + b_offsets[:, None]
+        lane = tl.arange(0, BLOCK_COLS)
         state = _initial_state((BLOCK_ROWS, BLOCK_COLS), DTYPE)
         for start in range(0, n_cols, BLOCK_COLS):
             cols = (start + lane)[None, :]
@@ -669,8 +750,8 @@ def _divergence_backward_tiles_kernel(
     a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col,
     n_inner, inner_tiles, n_rows, n_cols, n_splits, split_cols,
     inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
-    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, WHOLE: tl.constexpr,
+    VEC: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradients of neighbouring rows; it finds the numbers of WHOLE rows anew."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
@@ -678,25 +759,29 @@ def _divergence_backward_tiles_kernel(
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0) // n_splits, BLOCK_ROWS)
     row = outer * n_inner + inner
     grad = tl.load(grad_loss_ptr + row * grad_loss_stride, mask=row_live, other=0.0).to(DTYPE) * scalar(factor, DTYPE)
-    grad = grad[:, None]
-    a_rows = a_ptr + (row_offset(outer, shape, a_strides) + inner * a_stride_inner)[:, None]
-    b_rows = b_ptr + (row_offset(outer, shape, b_strides) + inner * b_stride_inner)[:, None]
-    grad_a_rows = grad_a_ptr + (row_offset(outer, shape, grad_a_strides) + inner * grad_a_stride_inner)[:, None]
-    grad_b_rows = grad_b_ptr + (row_offset(outer, shape, grad_b_strides) + inner * grad_b_stride_inner)[:, None]
-    lane = tl.arange(0, BLOCK_COLS)
+    a_offsets = row_offset(outer, shape, a_strides) + inner * a_stride_inner
+    b_offsets = row_offset(outer, shape, b_strides) + inner * b_stride_inner
+    grad_a_offsets = row_offset(outer, shape, grad_a_strides) + inner * grad_a_stride_inner
+    grad_b_offsets = row_offset(outer, shape, grad_b_strides) + inner * grad_b_stride_inner
     if WHOLE:
-        cols = lane[None, :]
-        live = row_live[:, None] & (cols < n_cols)
-        a, b = _pair(
-            a_rows, b_rows, cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, 1, True, DTYPE
+        a, b, cols, live = _whole_tile(
+            a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+            KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
         values, _ = _whole_rows(a, b, weights, KIND)
         _store_gradients(
-            a, b, grad_a_rows + _places(cols, grad_a_stride_col, 1), grad_b_rows + _places(cols, grad_b_stride_col, 1), live,
-            _wide(values), grad, weights, KIND, GRAD_A, GRAD_B, True,
+            a, b,
+            grad_a_ptr + first_aligned(grad_a_offsets, 0, VEC, False)[:, None, None] + _places(cols, grad_a_stride_col, VEC),
+            grad_b_ptr + first_aligned(grad_b_offsets, 0, VEC, False)[:, None, None] + _places(cols, grad_b_stride_col, VEC),
+            live, _over_classes(values), grad[:, None, None], weights, KIND, GRAD_A, GRAD_B, True,
         )  # fmt: skip
     else:
-        firsts = (a_rows, b_rows, grad_a_rows, grad_b_rows)
+        grad = grad[:, None]
+        lane = tl.arange(0, BLOCK_COLS)
+        firsts = (
+            a_ptr + a_offsets[:, None], b_ptr + b_offsets[:, None],
+            grad_a_ptr + grad_a_offsets[:, None], grad_b_ptr + grad_b_offsets[:, None],
+        )  # fmt: skip
         strides = (a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col)
         values = _wide(_saved(saved_ptr, row, row_live, n_rows, KIND))
         begin = (tl.program_id(0) % n_splits) * split_cols
