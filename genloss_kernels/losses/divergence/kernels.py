@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.triton_math import atanh_excess, exp_flushed, expm1_excess, log1p_unit, lowest, narrowed, scalar
+from ...core.triton_math import exp_flushed, expm1_excess, log1p_unit, log_share_excess, lowest, narrowed, scalar
 
 KL = tl.constexpr(0)
 JS = tl.constexpr(1)
@@ -205,55 +205,56 @@ def _row(state, KIND: tl.constexpr):
 
 @triton.jit
 def _mixture(a, b, row, weights):
-    """A pair's log-probabilities, the larger one's probability, the smaller's log below it, and their weights."""
+    """A pair's larger log-probability, whether that is b's, the smaller's distance below it, and both weights.
+
+    The larger one is NaN if either is, and what is below it is finite; all terms have the larger probability as a factor.
+    """
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     log_p = (a - maximum_a) - log_a
     log_q = (b - maximum_b) - log_b
-    behind = log_p < log_q
-    larger = tl.where(behind, log_q, log_p)
-    difference = tl.where(behind, log_p, log_q) - larger
-    # Finite, and 0 where both are -inf.
-    difference = tl.maximum(tl.where(larger > -float("inf"), difference, 0.0), -_far(a.dtype))
+    lead = log_q - log_p
+    behind = lead > 0.0
+    # A comparison, as there is no distance between two of -inf.
+    difference = tl.where(tl.abs(lead) < _far(a.dtype), -tl.abs(lead), -_far(a.dtype))
     weight_a, weight_b = weights
     return (
-        behind, tl.exp(larger), difference,
+        tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL), behind, difference,
         tl.where(behind, weight_b, weight_a), tl.where(behind, weight_a, weight_b),
     )  # fmt: skip
 
 
 @triton.jit
-def _mixture_excess(difference, other, weight):
-    """w z log z - m log m for m = 1 - w + w z and z = exp(difference), z and log m; the difference is not positive.
+def _js_terms(a, b, row, weights):
+    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture).
 
-    Computed as w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal
-    distributions give 0 and close ones keep their digits.
+    With z the smaller probability over the larger and m = 1 - w + w z, the first is w z log z - m log m. That is computed as
+    w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal distributions
+    give 0 and close ones keep their digits.
     """
+    log_larger, behind, difference, other, weight = _mixture(a, b, row, weights)
+    larger = tl.exp(log_larger)
     change, excess = expm1_excess(difference)
-    near = tl.where(difference > -0.5, change * difference - excess, (change + 1.0) * difference - change)
-    v = weight * change
-    mixture = other + weight * (change + 1.0)
-    direct = tl.log(mixture)
-    if v.dtype == tl.float64:
-        u = 1.0 + v
-        d = u - 1.0
-        log = tl.where(d == 0.0, v, direct * (v / tl.where(d == 0.0, 1.0, d)))
-        of_mixture = (1.0 + v) * log - v
-    else:
-        s = v / (2.0 + v)
-        rest = atanh_excess(s)
-        small = v > -0.5
-        of_mixture = tl.where(small, v * s + 2.0 * (1.0 + v) * rest, mixture * direct - v)
-    return weight * near - of_mixture, change + 1.0, direct
+    z = change + 1.0
+    near = tl.where(difference > -0.5, change * difference - excess, z * difference - change)
+    log_mixture, of_mixture = log_share_excess(other + weight * z, weight * change)
+    above = -larger * log_mixture
+    below = larger * z * (difference - log_mixture)
+    return larger * (weight * near - of_mixture), tl.where(behind, below, above), tl.where(behind, above, below)
 
 
 @triton.jit
-def _js_terms(a, b, row, weights):
-    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture)."""
-    behind, larger, difference, other, weight = _mixture(a, b, row, weights)
-    excess, z, log_mixture = _mixture_excess(difference, other, weight)
-    above = -larger * log_mixture
-    below = larger * z * (difference - log_mixture)
-    return larger * excess, tl.where(behind, below, above), tl.where(behind, above, below)
+def _js_logarithms(a, b, row, weights):
+    """A pair's probabilities p and q, and log(p / m) and log(q / m) for their mixture m."""
+    log_larger, behind, difference, other, weight = _mixture(a, b, row, weights)
+    larger = tl.exp(log_larger)
+    z = tl.exp(difference)
+    log_mixture, _ = log_share_excess(other + weight * z, weight * (z - 1.0))
+    smaller = larger * z
+    below = difference - log_mixture
+    return (
+        tl.where(behind, smaller, larger), tl.where(behind, larger, smaller),
+        tl.where(behind, below, -log_mixture), tl.where(behind, -log_mixture, below),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -297,18 +298,12 @@ def _gradients(a, b, row, weights, KIND: tl.constexpr, GRAD_A: tl.constexpr, GRA
     grad_a = a
     grad_b = b
     if KIND == JS:
-        behind, larger, difference, other, weight = _mixture(a, b, row, weights)
+        p, q, over_p, over_q = _js_logarithms(a, b, row, weights)
         weight_a, weight_b = weights
-        z = tl.exp(difference)
-        log_mixture = tl.log(other + weight * z)
-        smaller = larger * z
-        below = difference - log_mixture
         if GRAD_A:
-            p = tl.where(behind, smaller, larger)
-            grad_a = weight_a * p * (tl.where(behind, below, -log_mixture) - first)
+            grad_a = weight_a * p * (over_p - first)
         if GRAD_B:
-            q = tl.where(behind, larger, smaller)
-            grad_b = weight_b * q * (tl.where(behind, -log_mixture, below) - second)
+            grad_b = weight_b * q * (over_q - second)
     else:
         below = a - maximum_a
         p = tl.exp(below - log_a)
@@ -643,11 +638,11 @@ def _whole_state(a, b, KIND: tl.constexpr):
 
 
 @triton.jit
-def _whole_rows(a, b, weights, KIND: tl.constexpr):
-    """Numbers of the rows of a tile that holds all their classes, and their divergences."""
+def _whole_rows(a, b, weights, KIND: tl.constexpr, BACKWARD: tl.constexpr):
+    """Numbers of the rows of a tile that holds all their classes, and unless BACKWARD their divergences."""
     state, e_a, e_b = _whole_state(a, b, KIND)
     values, value = _row(state, KIND)
-    if KIND == KL:
+    if KIND == KL and not BACKWARD:
         top_a, total_a, top_b, total_b, _, _ = state
         terms = _kl_term(
             e_a * (1.0 / total_a)[:, None, None], e_b * (1.0 / total_b)[:, None, None],
@@ -655,9 +650,12 @@ def _whole_rows(a, b, weights, KIND: tl.constexpr):
         )  # fmt: skip
         value = _chosen(value, _class_sum(terms), KIND)
     if KIND == JS:
-        terms, of_a, of_b = _js_terms(a, b, _over_classes(values), weights)
-        value = _class_sum(terms)
-        values = _with_means(values, _class_sum(of_a), _class_sum(of_b))
+        if BACKWARD:
+            p, q, over_p, over_q = _js_logarithms(a, b, _over_classes(values), weights)
+            values = _with_means(values, _class_sum(p * over_p), _class_sum(q * over_q))
+        else:
+            terms, _, _ = _js_terms(a, b, _over_classes(values), weights)
+            value = _class_sum(terms)
     return values, value
 
 
@@ -699,7 +697,7 @@ def _divergence_forward_tiles_kernel(
             a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
             KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
-        values, value = _whole_rows(a, b, weights, KIND)
+        values, value = _whole_rows(a, b, weights, KIND, False)
     else:
         a_rows = a_ptr + a_offsets[:, None]
         b_rows = b_ptr + b_offsets[:, None]
@@ -768,7 +766,7 @@ def _divergence_backward_tiles_kernel(
             a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
             KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
-        values, _ = _whole_rows(a, b, weights, KIND)
+        values, _ = _whole_rows(a, b, weights, KIND, True)
         _store_gradients(
             a, b,
             grad_a_ptr + first_aligned(grad_a_offsets, 0, VEC, False)[:, None, None] + _places(cols, grad_a_stride_col, VEC),
