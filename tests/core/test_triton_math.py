@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 
 from genloss_kernels.core import triton_math
-from genloss_kernels.core.triton_math import exp_flushed, expm1_excess, log1p_unit, log_share_excess, softplus_sigmoid, tanh
+from genloss_kernels.core.triton_math import (
+    exp_flushed,
+    expm1_excess,
+    log1p_lower,
+    log1p_unit,
+    log_lower,
+    log_share_excess,
+    softplus_sigmoid,
+    tanh,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -39,6 +48,18 @@ def _expm1_kernel(x_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
 def _exp_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(a_ptr + lane, exp_flushed(tl.load(x_ptr + lane)))
+
+
+@triton.jit
+def _log_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(a_ptr + lane, log_lower(tl.load(x_ptr + lane)))
+
+
+@triton.jit
+def _log1p_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(a_ptr + lane, log1p_lower(tl.load(x_ptr + lane)))
 
 
 @triton.jit
@@ -134,6 +155,21 @@ def test_logarithm_of_a_share_and_its_excess(device: torch.device) -> None:
     assert log[1] == pytest.approx(-24 * np.log(2.0), rel=1e-7)
     assert np.isnan(log[2])
     assert np.isnan(excess[2])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logarithms_of_what_is_below_one(device: torch.device, dtype: type) -> None:
+    """From the smallest subnormal number on."""
+    x = np.concatenate([np.geomspace(1.5e-45, 1.0, BLOCK // 2)[:-1], np.linspace(1e-3, 1.0 - 1e-7, BLOCK // 2)]).astype(
+        dtype
+    )
+    (got,) = _run(_log_lower_kernel, x, 1, device)
+    assert _ulps(got, np.log(x.astype(np.longdouble))) <= 2.0
+    v = -np.abs(_grid(1e-18, 0.5, dtype))
+    (got,) = _run(_log1p_lower_kernel, v, 1, device)
+    assert _ulps(got, np.log1p(v.astype(np.longdouble))) <= 3.0
+    (got,) = _run(_log_lower_kernel, dtype([0.0]), 1, device)
+    assert got[0] < -103.3
 
 
 def test_logarithm_of_a_share_double(device: torch.device) -> None:
