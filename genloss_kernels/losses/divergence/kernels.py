@@ -123,6 +123,37 @@ def _update(state, a, b, KIND: tl.constexpr):
 
 
 @triton.jit
+def _update_by_vectors(state, a, b, KIND: tl.constexpr):
+    """:func:`_update` for lanes that take a vector each, (lanes, vector), which a thread holds.
+
+    The vector's maximum first, so that the totals decay once a vector and nothing is chosen for each element.
+    """
+    maximum_a, total_a, maximum_b, total_b, moment, hole = state
+    far = _far(a.dtype)
+    top_a = tl.maximum(maximum_a, tl.max(a, axis=1))
+    change_a = a - top_a[:, None]
+    e_a = exp_flushed(change_a)
+    decay = exp_flushed(maximum_a - top_a)
+    # By how much the maxima rise, and how far below them the pairs lie then; finite, since a 0 may be a factor.
+    rise = tl.minimum(top_a - maximum_a, far)
+    below = tl.maximum(change_a, -far)
+    if KIND != ENTROPY:
+        top_b = tl.maximum(maximum_b, tl.max(b, axis=1))
+        change_b = b - top_b[:, None]
+        total_b = total_b * exp_flushed(maximum_b - top_b) + tl.sum(exp_flushed(change_b), axis=1)
+    if KIND == KL:
+        rise -= tl.minimum(top_b - maximum_b, far)
+        below -= tl.maximum(change_b, -far)
+        hole = tl.maximum(hole, tl.max(_hole(a, b), axis=1))
+    if KIND != JS:
+        moment = (moment - rise * total_a) * decay + tl.sum(e_a * below, axis=1)
+    if KIND != ENTROPY:
+        maximum_b = top_b
+    total_a = total_a * decay + tl.sum(e_a, axis=1)
+    return top_a, total_a, maximum_b, total_b, moment, hole
+
+
+@triton.jit
 def _relative(state, top_a, top_b, KIND: tl.constexpr):
     """Totals of a and b and the moment, relative to maxima that are no lower."""
     maximum_a, total_a, maximum_b, total_b, moment, _ = state
@@ -380,15 +411,17 @@ def _second_pass(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of a row's terms; a WHOLE row but for its edges is at hand as the tail."""
-    lane = tl.arange(0, BLOCK)
     if WHOLE:
         total, of_a, of_b = _terms(tail_a, tail_b, values, weights, KIND)
     else:
-        full = body // BLOCK * BLOCK
-        total = tl.zeros((BLOCK,), DTYPE)
+        # Half a tile: a Jensen-Shannon divergence adds up three sums of long terms, 111 registers in a whole one.
+        PART: tl.constexpr = BLOCK // 2 if KIND == JS else BLOCK
+        lane = tl.arange(0, PART)
+        full = body // PART * PART
+        total = tl.zeros((PART,), DTYPE)
         of_a = total
         of_b = total
-        for start in range(0, full, BLOCK):
+        for start in range(0, full, PART):
             cols = start + lane
             a, b = _pair(
                 a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
@@ -439,24 +472,21 @@ def _divergence_forward_rows_kernel(
         full = 0
     else:
         full = body // BLOCK * BLOCK
-    tail = full + lane
-    tail_live = lane < tl.multiple_of(body - full, VEC)
-    state = _initial_state((BLOCK,), DTYPE)
-    if not WHOLE:
-        for start in range(0, full, BLOCK):
-            cols = start + lane
-            a, b = _pair(
-                a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
-            )  # fmt: skip
-            state = _update(state, a, b, KIND)
     tail_a, tail_b = _pair(
-        a_first, b_first, tail, a_stride_col, b_stride_col, tail_live, inverse_temperature, KIND, VEC, True, DTYPE
+        a_first, b_first, full + lane, a_stride_col, b_stride_col, lane < tl.multiple_of(body - full, VEC),
+        inverse_temperature, KIND, VEC, True, DTYPE,
     )  # fmt: skip
-    if WHOLE:
-        state = _first_state(tail_a, tail_b, KIND)
-    else:
-        state = _update(state, tail_a, tail_b, KIND)
-    state = _collapse(state, 0, KIND)
+    state = _collapse(_first_state(tail_a, tail_b, KIND), 0, KIND)
+    if full > 0:
+        vectors = (tl.arange(0, BLOCK // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        lanes = _initial_state((BLOCK // VEC,), DTYPE)
+        for start in range(0, full, BLOCK):
+            a, b = _pair(
+                a_first, b_first, start + vectors, a_stride_col, b_stride_col, vectors, inverse_temperature,
+                KIND, VEC, False, DTYPE,
+            )  # fmt: skip
+            lanes = _update_by_vectors(lanes, a, b, KIND)
+        state = _merge(_collapse(lanes, 0, KIND), state, KIND)
     if RAGGED:
         a, b = _edges(a_first, b_first, head, body, n_cols, inverse_temperature, KIND, VEC, DTYPE)
         state = _merge(state, _collapse(_first_state(a, b, KIND), 0, KIND), KIND)
