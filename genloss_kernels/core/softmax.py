@@ -82,6 +82,58 @@ def update(
 
 
 @triton.jit
+def update_by_vectors(
+    state, y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr
+):
+    """:func:`update` for lanes that take a vector each, (lanes, vector), which a thread holds.
+
+    The vector's maximum first, so that the sums decay once a vector and nothing is chosen for each value.
+    """
+    maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
+    if STATS:
+        top, first = _first(y, index, 1)
+        argument = _earliest(maximum, argument, top, first)
+        top = tl.maximum(maximum, top)
+    else:
+        top = tl.maximum(maximum, tl.max(y, axis=1))
+    difference = y - top[:, None]
+    exponential = exp_flushed(difference)
+    decay = exp_flushed(maximum - top)
+    # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
+    rise = tl.minimum(top - maximum, -lowest(maximum.dtype))
+    if MOMENT:
+        change = difference * q
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+        moment += tl.sum(change, axis=1) - mass * rise
+        mass += tl.sum(q, axis=1)
+    if TARGET:
+        change = difference * t
+        known = t
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+            known = tl.where(live, t, lowest(maximum.dtype))
+        target_moment += tl.sum(change, axis=1) - target_mass * rise
+        target_mass += tl.sum(t, axis=1)
+        target_top, first = _first(known, index, 1)
+        target_argument = _earliest(target_maximum, target_argument, target_top, first)
+        target_maximum = tl.maximum(target_maximum, target_top)
+    if STATS:
+        # exp(-inf) is 0, and 0 * -inf would be NaN.
+        # By the decay first: a rise from the lowest number, to which logits are masked, times a total is infinite.
+        spread = decay * spread - total * (decay * rise)
+        spread += tl.sum(exponential * tl.maximum(difference, lowest(maximum.dtype)), axis=1)
+    total = total * decay + tl.sum(exponential, axis=1)
+    return top, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
+
+
+@triton.jit
+def _earliest(maximum, argument, top, first):
+    """Index of the larger of two maxima, the lower one where they tie."""
+    return tl.where((top > maximum) | ((top == maximum) & (first < argument)), first, argument)
+
+
+@triton.jit
 def first_state(y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr):
     """:func:`update` of the initial state, for lanes that take one value each: no exponential."""
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = (
@@ -140,7 +192,7 @@ def collapse(state, AXIS: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constex
         target_maximum = target_moment
         target_argument = first
     if STATS:
-        spread = tl.sum(decay * (spread + total * difference), axis=AXIS)
+        spread = tl.sum(decay * spread + total * (decay * difference), axis=AXIS)
     else:
         spread = tl.zeros_like(top)
     total = tl.sum(decay * total, axis=AXIS)
