@@ -85,18 +85,20 @@ def update(
 def update_by_vectors(
     state, y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr
 ):
-    """:func:`update` for lanes that take a vector each, (lanes, vector), which a thread holds.
+    """:func:`update` for lanes that take a vector each, (vector, lanes), which a thread holds.
 
-    The vector's maximum first, so that the sums decay once a vector and nothing is chosen for each value.
+    The vector's maximum first, so that the sums decay once a vector and nothing is chosen for each value. Vectors lie along
+    the first dimension, as Triton 3.6 rewrites sums of loaded values over the last one in a loop, and aborts if the loop's
+    result is used twice.
     """
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
     if STATS:
-        top, first = _first(y, index, 1)
+        top, first = _first(y, index, 0)
         argument = _earliest(maximum, argument, top, first)
         top = tl.maximum(maximum, top)
     else:
-        top = tl.maximum(maximum, tl.max(y, axis=1))
-    difference = y - top[:, None]
+        top = tl.maximum(maximum, tl.max(y, axis=0))
+    difference = y - top[None, :]
     exponential = exp_flushed(difference)
     decay = exp_flushed(maximum - top)
     # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
@@ -105,25 +107,25 @@ def update_by_vectors(
         change = difference * q
         if MASKED:
             change = tl.where(live, change, 0.0)
-        moment += tl.sum(change, axis=1) - mass * rise
-        mass += tl.sum(q, axis=1)
+        moment += tl.sum(change, axis=0) - mass * rise
+        mass += tl.sum(q, axis=0)
     if TARGET:
         change = difference * t
         known = t
         if MASKED:
             change = tl.where(live, change, 0.0)
             known = tl.where(live, t, lowest(maximum.dtype))
-        target_moment += tl.sum(change, axis=1) - target_mass * rise
-        target_mass += tl.sum(t, axis=1)
-        target_top, first = _first(known, index, 1)
+        target_moment += tl.sum(change, axis=0) - target_mass * rise
+        target_mass += tl.sum(t, axis=0)
+        target_top, first = _first(known, index, 0)
         target_argument = _earliest(target_maximum, target_argument, target_top, first)
         target_maximum = tl.maximum(target_maximum, target_top)
     if STATS:
-        # exp(-inf) is 0, and 0 * -inf would be NaN.
         # By the decay first: a rise from the lowest number, to which logits are masked, times a total is infinite.
         spread = decay * spread - total * (decay * rise)
-        spread += tl.sum(exponential * tl.maximum(difference, lowest(maximum.dtype)), axis=1)
-    total = total * decay + tl.sum(exponential, axis=1)
+        # exp(-inf) is 0, and 0 * -inf would be NaN.
+        spread += tl.sum(exponential * tl.maximum(difference, lowest(maximum.dtype)), axis=0)
+    total = total * decay + tl.sum(exponential, axis=0)
     return top, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
 
 

@@ -216,7 +216,7 @@ def _row_statistics(
     # An ignored row may hold anything, and costs nothing.
     end = tl.multiple_of(tl.maximum(tl.where(valid, end, begin), begin), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
-    lane = (tl.arange(0, BLOCK // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    lane = tl.arange(0, VEC)[:, None] + (tl.arange(0, BLOCK // VEC) * VEC)[None, :]
     state = initial_state((BLOCK // VEC,), DTYPE)
     for start in range(begin, full, BLOCK):
         cols = start + lane
