@@ -152,8 +152,8 @@ _HELD_ROW = {2: (1024, 32), 4: (1024, 32), 8: (256, 32)}
 
 # Both passes over a row that nothing can hold, labels only: one program fills a multiprocessor, so that the rows under way
 # (256 kB each for 128k classes in half precision) fit into the second-level cache, 50 MB on an H200. By itemsize, for rows
-# that are aligned and for ragged ones, which carry more; None where these spill.
-_LONG_ROW_TILES = {2: (Tile(16384, 32), Tile(8192, 32)), 4: (Tile(8192, 32), None), 8: (None, None)}
+# that are aligned and for ragged ones, which carry more; none in fp64, where arithmetic and not memory is the limit.
+_LONG_ROW_TILES = {2: (Tile(16384, 32), Tile(8192, 32)), 4: (Tile(8192, 32), Tile(8192, 32)), 8: (None, None)}
 
 
 def held_loss_tile(n_cols: int, itemsize: int) -> Tile | None:
@@ -164,7 +164,7 @@ def held_loss_tile(n_cols: int, itemsize: int) -> Tile | None:
 
 
 def long_row_tile(n_cols: int, itemsize: int, *, ragged: bool, device: torch.device) -> Tile | None:
-    """Tile for both passes over a row that is too long to hold; None for others, and where it would spill."""
+    """Tile for both passes over a row that is too long to hold; None for others."""
     tile = None if held_loss_tile(n_cols, itemsize) else _LONG_ROW_TILES[itemsize][ragged]
     kind = "ragged row read twice, too long to hold" if ragged else "row read twice, too long to hold"
     return tile and Tile(*tuned.entry(device, kind, itemsize, tile))
@@ -193,6 +193,18 @@ def rows_tile(n_cols: int, n_inner: int, contiguous_cols: bool, itemsize: int = 
         cols = max(8, elements // min(128, _power_of_two(n_inner)))
         cols = min(cols, max(8, _power_of_two(n_cols)))
     return RowsTile(min(max(1, elements // cols), 128), cols, 4)
+
+
+# Bytes of each operand's row in a thread in the dtype of arithmetic, 16 elements of fp32: by as many is divided what is done
+# for a row, about 100 instructions and 3 shuffles a reduction, in 48 to 72 registers.
+_HELD_BYTES = 64
+
+
+def whole_rows_tile(n_cols: int, itemsize: int, vec: int) -> tuple[RowsTile, int]:
+    """Tile of short contiguous rows, each held by few threads, and the chunks of a row that each of these reads."""
+    elements = _HELD_BYTES // max(4, itemsize)
+    cols = max(elements, _power_of_two(n_cols))
+    return RowsTile(min(4 * 32 * elements // cols, 128), cols, 4), elements // vec
 
 
 def _power_of_two(n: int) -> int:

@@ -26,17 +26,23 @@ class Plan(NamedTuple):
     programs: int
     n_splits: int
     split_cols: int
+    chunks: int
     vec: int
     ragged: bool
 
 
 def plan(
-    streams: list[Tensor], target: Tensor | None, *, heavy: bool = False, twice: bool = False, light: bool = False
+    streams: list[Tensor],
+    target: Tensor | None,
+    *,
+    heavy: bool = False,
+    twice: bool = False,
+    whole: bool = False,
 ) -> Plan:
     """Plan a pass over ``streams``, operands (N, C, d1, ...) read or written in full, the logits first.
 
     ``target`` holds class indices, one a row, and is addressed by its own strides. ``heavy`` passes carry more in each lane
-    than the softmax needs; one kernel may go over long rows ``twice``, ``light`` if their lanes carry no coefficients.
+    than the softmax needs; one kernel may go over long rows ``twice``, and holds ``whole`` short ones in chunks.
     """
     logits = streams[0]
     operands = [row_strides(s) for s in streams]
@@ -52,7 +58,9 @@ def plan(
     processors = multiprocessors(logits.device)
     if by_rows:
         vec, ragged = _alignment(streams, strides, n_cols) if contiguous_cols else (1, False)
-        tile = launch.long_row_tile(n_cols, itemsize, ragged=ragged, device=logits.device) if light and vec > 1 else None
+        tile = None
+        if twice and target is not None and vec > 1:
+            tile = launch.long_row_tile(n_cols, itemsize, ragged=ragged, device=logits.device)
         tile = tile or launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice, device=logits.device)
         n_splits = launch.splits(n_rows, -(-n_cols // tile.block), processors)
         split_cols = _share(n_cols, n_splits, tile.block)
@@ -69,10 +77,16 @@ def plan(
             n_rows,
             n_splits,
             split_cols,
+            1,
             vec,
             ragged,
         )
-    tile = launch.rows_tile(n_cols, shape[-1], not neighbours, itemsize, heavy=heavy)
+    vec, chunks = 1, 1
+    if whole and contiguous_cols and not neighbours and n_cols <= launch.WHOLE_ROW:
+        vec = _vector(streams, strides, n_cols)
+        tile, chunks = launch.whole_rows_tile(n_cols, itemsize, vec)
+    else:
+        tile = launch.rows_tile(n_cols, shape[-1], not neighbours, itemsize, heavy=heavy)
     programs = n_rows // shape[-1] * -(-shape[-1] // tile.rows) if n_rows else 0
     n_splits = launch.splits(programs, -(-n_cols // tile.cols) // 8, processors)
     split_cols = _share(n_cols, n_splits, tile.cols)
@@ -89,7 +103,8 @@ def plan(
         programs,
         n_splits,
         split_cols,
-        1,
+        chunks,
+        vec,
         False,
     )
 
@@ -112,6 +127,16 @@ def _alignment(streams: list[Tensor], strides: list[tuple[int, ...]], n_cols: in
         return vec, False
     alike = all((a - b) % vec == 0 for s in row_strides[1:] for a, b in zip(s, row_strides[0], strict=True))
     return (vec, True) if alike else (1, False)
+
+
+def _vector(streams: list[Tensor], strides: list[tuple[int, ...]], n_cols: int) -> int:
+    """Most elements, in up to 16 bytes of the widest stream, of which all rows are whole multiples and begin at one."""
+    vec = 16 // max(s.element_size() for s in streams)
+    if any(s.data_ptr() % 16 for s in streams):
+        return 1
+    while any(size % vec for size in (n_cols, *(stride for s in strides[: len(streams)] for stride in s))):
+        vec //= 2
+    return vec
 
 
 def gradient_like(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ never to 0, so that no digits cancel where the largest probability is close to 1
 import triton
 import triton.language as tl
 
-from .triton_math import lowest, tanh
+from .triton_math import exp_flushed, lowest, tanh
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def update(
     """
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
     difference = y - maximum
-    decay = tl.exp(-tl.abs(difference))
+    decay = exp_flushed(-tl.abs(difference))
     rises = difference > 0.0
     # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
     difference = tl.minimum(difference, -lowest(maximum.dtype))
@@ -79,6 +79,60 @@ def update(
     total = tl.where(rises, total * decay + 1.0, total + decay)
     maximum = tl.maximum(maximum, y)
     return maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
+
+
+@triton.jit
+def update_by_vectors(
+    state, y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr, STATS: tl.constexpr
+):
+    """:func:`update` for lanes that take a vector each, (vector, lanes), which a thread holds.
+
+    The vector's maximum first, so that the sums decay once a vector and nothing is chosen for each value. Vectors lie along
+    the first dimension, as Triton 3.6 rewrites sums of loaded values over the last one in a loop, and aborts if the loop's
+    result is used twice.
+    """
+    maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = state
+    if STATS:
+        top, first = _first(y, index, 0)
+        argument = _earliest(maximum, argument, top, first)
+        top = tl.maximum(maximum, top)
+    else:
+        top = tl.maximum(maximum, tl.max(y, axis=0))
+    difference = y - top[None, :]
+    exponential = exp_flushed(difference)
+    decay = exp_flushed(maximum - top)
+    # Finite above, also from the lowest number to a large one, and then times the 0 that has been summed.
+    rise = tl.minimum(top - maximum, -lowest(maximum.dtype))
+    if MOMENT:
+        change = difference * q
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+        moment += tl.sum(change, axis=0) - mass * rise
+        mass += tl.sum(q, axis=0)
+    if TARGET:
+        change = difference * t
+        known = t
+        if MASKED:
+            change = tl.where(live, change, 0.0)
+            known = tl.where(live, t, lowest(maximum.dtype))
+        target_moment += tl.sum(change, axis=0) - target_mass * rise
+        target_mass += tl.sum(t, axis=0)
+        target_top, first = _first(known, index, 0)
+        target_argument = _earliest(target_maximum, target_argument, target_top, first)
+        target_maximum = tl.maximum(target_maximum, target_top)
+    if STATS:
+        # By the decay first: a rise from the lowest number, to which logits are masked, times a total is infinite.
+        spread = decay * spread - total * (decay * rise)
+        # exp(-inf) is 0, and 0 * -inf would be NaN.
+        spread += tl.sum(exponential * tl.maximum(difference, lowest(maximum.dtype)), axis=0)
+    total = total * decay + tl.sum(exponential, axis=0)
+    return top, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument
+
+
+@triton.jit
+def _earliest(maximum, argument, top, first):
+    """Index of the larger of two maxima, the lower one where they tie."""
+    return tl.where((top > maximum) | ((top == maximum) & (first < argument)), first, argument)
 
 
 @triton.jit
@@ -140,7 +194,7 @@ def collapse(state, AXIS: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constex
         target_maximum = target_moment
         target_argument = first
     if STATS:
-        spread = tl.sum(decay * (spread + total * difference), axis=AXIS)
+        spread = tl.sum(decay * spread + total * (decay * difference), axis=AXIS)
     else:
         spread = tl.zeros_like(top)
     total = tl.sum(decay * total, axis=AXIS)

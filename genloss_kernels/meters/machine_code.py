@@ -175,7 +175,8 @@ def special_limit(kernel: Specialisation) -> float | None:
         # Beside its elements a thread takes the row's four, of which most rows have too few for these to vanish.
         return 1.0 + 4.0 * 32 * kernel.num_warps / kernel["BLOCK"]
     if kernel.name in _ROW_KERNELS:
-        return 2.0 if kernel.has("SOFTCAP") else 1.0
+        # In the forward one more for each vector, by which a lane's sums decay.
+        return (2.0 if kernel.has("SOFTCAP") else 1.0) + (1.0 / kernel["VEC"] if "forward" in kernel.name else 0.0)
     if kernel.name in _DIVERGENCE_KERNELS:
         return _divergence_limit(kernel)
     if kernel.formula in _FORMULAS and "FLAGS" in kernel.kernel.arg_names:
@@ -185,10 +186,12 @@ def special_limit(kernel: Specialisation) -> float | None:
 
 
 def _divergence_limit(kernel: Specialisation) -> float:
-    """One exponential for each distribution in a pass; a row that is held goes through both passes in one body."""
-    if kernel["KIND"] == ENTROPY or (kernel["KIND"] == KL and "backward" in kernel.name and not kernel["GRAD_B"]):
-        return 1.0
-    return 6.0 if "forward" in kernel.name and kernel["WHOLE"] else 2.0
+    """One exponential for each distribution in a pass, in the forward one a vector too; held rows take both in one body."""
+    if "forward" in kernel.name and kernel["WHOLE"]:
+        return 6.0
+    once = kernel["KIND"] == ENTROPY or (kernel["KIND"] == KL and "backward" in kernel.name and not kernel["GRAD_B"])
+    by_vector = 1.0 / kernel["VEC"] if "forward" in kernel.name else 0.0
+    return (1.0 if once else 2.0) * (1.0 + by_vector)
 
 
 def compile_elsewhere(kernels: Sequence[Specialisation], targets: Sequence[Target] = OTHER_TARGETS) -> Iterator[str]:

@@ -84,8 +84,9 @@ def _divergence_streams(kernel: Specialisation) -> Streams | None:
 
 
 def _divergence_tile_streams(kernel: Specialisation) -> Streams:
-    """Their masks are computed lane by lane."""
-    return _pair_of_logits(kernel, kernel["BLOCK_ROWS"] * kernel["BLOCK_COLS"])._replace(wide=False)
+    """Whole rows are read by vectors of 16 bytes where their lengths allow it; other masks are computed lane by lane."""
+    moved = _pair_of_logits(kernel, kernel["BLOCK_ROWS"] * kernel["BLOCK_COLS"])
+    return moved._replace(wide=all(size * kernel["VEC"] == 16 for size in moved.loads + moved.stores))
 
 
 def _pair_of_logits(kernel: Specialisation, block: int) -> Streams:

@@ -9,7 +9,7 @@ import torch
 
 import genloss_kernels as gk
 from genloss_kernels.core import launch as launching
-from genloss_kernels.core.launch import RowsTile, launch, observe_launches, row_tile, rows_tile, splits
+from genloss_kernels.core.launch import RowsTile, launch, observe_launches, row_tile, rows_tile, splits, whole_rows_tile
 
 CPU = torch.device("cpu")
 
@@ -133,6 +133,24 @@ def test_tiles_are_powers_of_two() -> None:
 )
 def test_rows_tile(n_cols, n_inner, contiguous, tile) -> None:
     assert rows_tile(n_cols, n_inner, contiguous) == tile
+
+
+@pytest.mark.parametrize(
+    ("n_cols", "itemsize", "vec", "expected"),
+    [
+        (128, 2, 8, (RowsTile(16, 128, 4), 2)),
+        (100, 2, 4, (RowsTile(16, 128, 4), 4)),
+        (100, 4, 4, (RowsTile(16, 128, 4), 4)),
+        (101, 4, 1, (RowsTile(16, 128, 4), 16)),
+        (17, 4, 1, (RowsTile(64, 32, 4), 16)),
+        (3, 4, 1, (RowsTile(128, 16, 4), 16)),
+        (100, 8, 2, (RowsTile(8, 128, 4), 4)),
+        (2, 8, 2, (RowsTile(128, 8, 4), 4)),
+    ],
+)
+def test_whole_rows_tile(n_cols, itemsize, vec, expected) -> None:
+    """As many elements in each thread whatever the length, up to 128 rows."""
+    assert whole_rows_tile(n_cols, itemsize, vec) == expected
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,31 @@ def test_streams_share_their_alignment() -> None:
     assert plan([_aligned(8, 3000, dtype=torch.bfloat16), _aligned(8, 3000)], None).block == 2048
 
 
+@pytest.mark.parametrize(
+    ("streams", "vec"),
+    [
+        ([_aligned(100, 64)], 4),
+        ([_aligned(100, 64, dtype=torch.bfloat16)], 8),
+        ([_aligned(100, 100, dtype=torch.bfloat16)], 4),
+        ([_aligned(100, 37)], 1),
+        ([_aligned(100, 64)[:, :62]], 2),
+        ([_aligned(100, 66)[:, :64]], 2),
+        ([_aligned(100, 64), _aligned(100, 64, dtype=torch.bfloat16)], 4),
+        ([_aligned(100, 64), _aligned(100, 65)[:, 1:]], 1),
+        ([_aligned(100, 64, offset=1)], 1),
+        ([_aligned(100, 128)[:, ::2]], 1),
+        ([_aligned(100, 129)], 1),
+    ],
+)
+def test_whole_rows_are_read_by_what_divides_them(streams: list[Tensor], vec: int) -> None:
+    """Up to 16 bytes of the widest stream; without that, or in rows of 129, lane by lane."""
+    p = plan(streams, None, whole=True)
+    assert (p.by_rows, p.vec) == (False, vec)
+    whole = p.n_cols <= 128 and all(s.stride(1) == 1 for s in streams)
+    assert (p.chunks, p.block * p.block_rows) == ((16 // vec, 2048) if whole else (1, 1024))
+    assert plan(streams, None).vec == 1
+
+
 def test_heavy_rows_have_tiles_of_their_own() -> None:
     assert plan([_aligned(8, 1024)], None, heavy=True).block == 128
     assert plan([_aligned(8, 1024)], None).block == 512

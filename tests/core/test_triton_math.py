@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 
 from genloss_kernels.core import triton_math
-from genloss_kernels.core.triton_math import expm1_excess, log1p_unit, softplus_sigmoid, tanh
+from genloss_kernels.core.triton_math import (
+    exp_flushed,
+    expm1_excess,
+    log1p_lower,
+    log1p_unit,
+    log_lower,
+    log_share_excess,
+    softplus_sigmoid,
+    tanh,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -32,6 +41,33 @@ def _expm1_kernel(x_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     growth, excess = expm1_excess(tl.load(x_ptr + lane))
     tl.store(a_ptr + lane, growth)
+    tl.store(b_ptr + lane, excess)
+
+
+@triton.jit
+def _exp_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(a_ptr + lane, exp_flushed(tl.load(x_ptr + lane)))
+
+
+@triton.jit
+def _log_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(a_ptr + lane, log_lower(tl.load(x_ptr + lane)))
+
+
+@triton.jit
+def _log1p_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(a_ptr + lane, log1p_lower(tl.load(x_ptr + lane)))
+
+
+@triton.jit
+def _log_share_kernel(v_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    v = tl.load(v_ptr + lane)
+    log, excess = log_share_excess(1.0 + v, v)
+    tl.store(a_ptr + lane, log)
     tl.store(b_ptr + lane, excess)
 
 
@@ -101,6 +137,59 @@ def test_log1p(device: torch.device) -> None:
     (got,) = _run(_log1p_kernel, np.float32([0.0, 1.0, 1e-45, 2.0**-24, 2.0**-23]), 1, device)
     assert got[0] == 0.0
     assert _ulps(got[1:], np.log1p(np.float64([1.0, 1.4012984643e-45, 2.0**-24, 2.0**-23]))) < 1.5
+
+
+def test_logarithm_of_a_share_and_its_excess(device: torch.device) -> None:
+    """Over every octave down to 2^-24, and of the second order at small v."""
+    v = -np.concatenate([np.geomspace(1e-18, 0.5, BLOCK // 2), 1.0 - np.geomspace(2.0**-24, 0.5, BLOCK // 2)]).astype(
+        np.float32
+    )
+    log, excess = _run(_log_share_kernel, v, 2, device)
+    wide = v.astype(np.longdouble)
+    # From a half on 1 + v is exact.
+    assert _ulps(log, np.log1p(wide)) <= 2.0
+    series = wide * wide * (0.5 - wide * (1 / 6 - wide * (1 / 12 - wide / 20)))
+    assert _ulps(excess, np.where(np.abs(wide) < 1e-3, series, (1 + wide) * np.log1p(wide) - wide)) <= 5.0
+    log, excess = _run(_log_share_kernel, np.float32([0.0, -1.0 + 2.0**-24, np.nan]), 2, device)
+    assert (log[0], excess[0]) == (0.0, 0.0)
+    assert log[1] == pytest.approx(-24 * np.log(2.0), rel=1e-7)
+    assert np.isnan(log[2])
+    assert np.isnan(excess[2])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logarithms_of_what_is_below_one(device: torch.device, dtype: type) -> None:
+    """From the smallest subnormal number on."""
+    x = np.concatenate([np.geomspace(1.5e-45, 1.0, BLOCK // 2)[:-1], np.linspace(1e-3, 1.0 - 1e-7, BLOCK // 2)]).astype(
+        dtype
+    )
+    (got,) = _run(_log_lower_kernel, x, 1, device)
+    assert _ulps(got, np.log(x.astype(np.longdouble))) <= 2.0
+    v = -np.abs(_grid(1e-18, 0.5, dtype))
+    (got,) = _run(_log1p_lower_kernel, v, 1, device)
+    assert _ulps(got, np.log1p(v.astype(np.longdouble))) <= 3.0
+    (got,) = _run(_log_lower_kernel, dtype([0.0]), 1, device)
+    assert got[0] < -103.3
+
+
+def test_logarithm_of_a_share_double(device: torch.device) -> None:
+    v = -np.concatenate([np.geomspace(1e-12, 0.5, BLOCK // 2), np.linspace(0.5, 0.999, BLOCK // 2)])
+    _, excess = _run(_log_share_kernel, v, 2, device)
+    wide = v.astype(np.longdouble)
+    terms = sum((-wide) ** k / (k * (k - 1)) for k in range(2, 20))
+    exact = np.where(np.abs(wide) < 0.05, terms, (1 + wide) * np.log1p(wide) - wide)
+    assert np.all(np.abs(excess - exact) <= 2.0**-51 * np.abs(wide))
+
+
+def test_exponential_without_subnormals(device: torch.device) -> None:
+    """The argument is rounded after it is multiplied: an error in proportion to it."""
+    x = -np.concatenate([np.linspace(0.0, 87.0, BLOCK - 1), [np.inf]]).astype(np.float32)
+    (got,) = _run(_exp_kernel, x, 1, device)
+    exact = np.exp(x.astype(np.float64))
+    assert np.all(np.abs(got - exact) <= (2.0 + np.minimum(np.abs(x), 87.0)) * 2.0**-23 * exact)
+    assert got[-1] == 0.0
+    (got,) = _run(_exp_kernel, x.astype(np.float64), 1, device)
+    assert np.all(np.abs(got - np.exp(x.astype(np.float64))) <= 2.0**-50 * got)
 
 
 def test_log1p_double(device: torch.device) -> None:

@@ -410,6 +410,17 @@ def test_masked_vocabulary(path: str) -> None:
             assert rows[4] == 0.0
 
 
+def test_statistics_of_a_vocabulary_masked_by_the_lowest_number(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the others, in several tiles: a rise from there times what a lane has added up is infinite."""
+    monkeypatch.setattr(launch, "row_tile", lambda *_, **__: Tile(64, 4))
+    logits = aligned(2, 700)
+    logits[:, :600] = torch.finfo(torch.float32).min
+    stats = gk.cross_entropy(logits, torch.tensor([650, 690]), return_stats=True)
+    wanted = gk.cross_entropy(logits[:, 600:], torch.tensor([50, 90]), return_stats=True)
+    for name in ("loss", "lse", "log_prob", "entropy"):
+        torch.testing.assert_close(getattr(stats, name), getattr(wanted, name))
+
+
 def test_statistics_of_a_masked_vocabulary(path: str) -> None:
     for shape in ((2, 700), (2, 20)):
         logits = aligned(*shape)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...core.triton_math import log1p_share, log1p_unit, softplus_sigmoid
+from ...core.triton_math import log1p_lower, log1p_share, log_lower, softplus_sigmoid
 
 # Bit of the FLAGS on probabilities, shared with reference.py.
 UNCHECKED = tl.constexpr(1)
@@ -42,20 +42,19 @@ def binary_cross_entropy_gradient(x, t, weight, pos_weight, smoothing, s1, s2, F
 
 
 @triton.jit
-def _logarithms(p):
-    """log(p) and log(1 - p), each to the last digits at both ends."""
+def _logarithms(p, CLAMPED: tl.constexpr):
+    """log(p) and log(1 - p), each to the last digits at both ends, and CLAMPED at least -100, as torch has them."""
     low = p < 0.5
     # Exact: for p above a half by Sterbenz' lemma.
     rare = tl.where(low, p, 1.0 - p)
-    common = log1p_unit(-rare)
-    rarely = tl.log(rare)
+    # Of these only the first can be small, and the second is NaN where p is.
+    rarely = log_lower(rare)
+    if CLAMPED:
+        rarely = tl.where(rarely < -100.0, -100.0, rarely)
+    else:
+        rarely = tl.where(rare == 0.0, -float("inf"), rarely)
+    common = log1p_lower(-rare)
     return tl.where(low, rarely, common), tl.where(low, common, rarely)
-
-
-@triton.jit
-def _clamped(log):
-    """At least -100, as torch has them; a comparison, since ``tl.maximum`` would swallow NaN."""
-    return tl.where(log < -100.0, -100.0, log)
 
 
 @triton.jit
@@ -68,13 +67,13 @@ def _marked(result, p, t, FLAGS: tl.constexpr):
 
 @triton.jit
 def probability_value(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
-    log_p, log_q = _logarithms(p)
-    return _marked(-weight * (t * _clamped(log_p) + (1.0 - t) * _clamped(log_q)), p, t, FLAGS)
+    log_p, log_q = _logarithms(p, True)
+    return _marked(-weight * (t * log_p + (1.0 - t) * log_q), p, t, FLAGS)
 
 
 @triton.jit
 def probability_gradient(p, t, weight, _, s0, s1, s2, FLAGS: tl.constexpr):
-    log_p, log_q = _logarithms(p)
+    log_p, log_q = _logarithms(p, False)
     variance = (1.0 - p) * p
     dp = _marked(weight * (p - t) / tl.where(variance < LEAST_VARIANCE, LEAST_VARIANCE, variance), p, t, FLAGS)
     return dp, _marked(weight * (log_q - log_p), p, t, FLAGS), dp, dp

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.softmax import collapse, first_state, initial_state, transform, update
+from ...core.softmax import collapse, first_state, initial_state, transform, update, update_by_vectors
 from ...core.triton_math import expm1_excess, lowest, narrowed, scalar
 
 
@@ -71,6 +71,8 @@ def _take(
         t = y
     if WHOLE:
         state = first_state(y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
+    elif len(y.shape) > len(state[0].shape):
+        state = update_by_vectors(state, y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
     else:
         state = update(state, y, q, t, index, live, MASKED, MOMENT, PROBABILITIES and STATS, STATS)
     return state
@@ -214,8 +216,8 @@ def _row_statistics(
     # An ignored row may hold anything, and costs nothing.
     end = tl.multiple_of(tl.maximum(tl.where(valid, end, begin), begin), VEC)
     full = begin + (end - begin) // BLOCK * BLOCK
-    lane = tl.arange(0, BLOCK)
-    state = initial_state((BLOCK,), DTYPE)
+    lane = tl.arange(0, VEC)[:, None] + (tl.arange(0, BLOCK // VEC) * VEC)[None, :]
+    state = initial_state((BLOCK // VEC,), DTYPE)
     for start in range(begin, full, BLOCK):
         cols = start + lane
         places = cols if VEC > 1 else cols.to(tl.int64) * logits_stride_col

@@ -326,8 +326,7 @@ def _launch_loss_and_gradient(
     probabilities = target.is_floating_point()
     acc = accumulator(logits.dtype)
     streams = [t for t in (logits, grad_logits, target if probabilities else None, grad_target) if t is not None]
-    light = not probabilities and not options.label_smoothing
-    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True, light=light)
+    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True)
     if not p.by_rows or p.n_splits > 1:
         return None
     loss = torch.empty(loss_shape(logits), dtype=acc, device=logits.device)

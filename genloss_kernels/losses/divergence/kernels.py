@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...core.rows import aligned_row, edge_columns, first_aligned, row_offset
-from ...core.triton_math import atanh_excess, expm1_excess, log1p_unit, lowest, narrowed, scalar
+from ...core.triton_math import exp_flushed, expm1_excess, log1p_unit, log_share_excess, lowest, narrowed, scalar
 
 KL = tl.constexpr(0)
 JS = tl.constexpr(1)
@@ -100,7 +100,7 @@ def _update(state, a, b, KIND: tl.constexpr):
     maximum_a, total_a, maximum_b, total_b, moment, hole = state
     far = _far(a.dtype)
     change_a = a - maximum_a
-    e_a = tl.exp(-tl.abs(change_a))
+    e_a = exp_flushed(-tl.abs(change_a))
     rises = change_a > 0.0
     decay = tl.where(rises, e_a, 1.0)
     weight = tl.where(rises, 1.0, e_a)
@@ -109,7 +109,7 @@ def _update(state, a, b, KIND: tl.constexpr):
     below = tl.maximum(tl.minimum(change_a, 0.0), -far)
     if KIND != ENTROPY:
         change_b = b - maximum_b
-        e_b = tl.exp(-tl.abs(change_b))
+        e_b = exp_flushed(-tl.abs(change_b))
         total_b = tl.where(change_b > 0.0, total_b * e_b + 1.0, total_b + e_b)
         maximum_b = tl.maximum(maximum_b, b)
     if KIND == KL:
@@ -120,6 +120,37 @@ def _update(state, a, b, KIND: tl.constexpr):
         moment = (moment - rise * total_a) * decay + weight * below
     total_a = total_a * decay + weight
     return tl.maximum(maximum_a, a), total_a, maximum_b, total_b, moment, hole
+
+
+@triton.jit
+def _update_by_vectors(state, a, b, KIND: tl.constexpr):
+    """:func:`_update` for lanes that take a vector each, (lanes, vector), which a thread holds.
+
+    The vector's maximum first, so that the totals decay once a vector and nothing is chosen for each element.
+    """
+    maximum_a, total_a, maximum_b, total_b, moment, hole = state
+    far = _far(a.dtype)
+    top_a = tl.maximum(maximum_a, tl.max(a, axis=1))
+    change_a = a - top_a[:, None]
+    e_a = exp_flushed(change_a)
+    decay = exp_flushed(maximum_a - top_a)
+    # By how much the maxima rise, and how far below them the pairs lie then; finite, since a 0 may be a factor.
+    rise = tl.minimum(top_a - maximum_a, far)
+    below = tl.maximum(change_a, -far)
+    if KIND != ENTROPY:
+        top_b = tl.maximum(maximum_b, tl.max(b, axis=1))
+        change_b = b - top_b[:, None]
+        total_b = total_b * exp_flushed(maximum_b - top_b) + tl.sum(exp_flushed(change_b), axis=1)
+    if KIND == KL:
+        rise -= tl.minimum(top_b - maximum_b, far)
+        below -= tl.maximum(change_b, -far)
+        hole = tl.maximum(hole, tl.max(_hole(a, b), axis=1))
+    if KIND != JS:
+        moment = (moment - rise * total_a) * decay + tl.sum(e_a * below, axis=1)
+    if KIND != ENTROPY:
+        maximum_b = top_b
+    total_a = total_a * decay + tl.sum(e_a, axis=1)
+    return top_a, total_a, maximum_b, total_b, moment, hole
 
 
 @triton.jit
@@ -205,55 +236,56 @@ def _row(state, KIND: tl.constexpr):
 
 @triton.jit
 def _mixture(a, b, row, weights):
-    """A pair's log-probabilities, the larger one's probability, the smaller's log below it, and their weights."""
+    """A pair's larger log-probability, whether that is b's, the smaller's distance below it, and both weights.
+
+    The larger one is NaN if either is, and what is below it is finite; all terms have the larger probability as a factor.
+    """
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     log_p = (a - maximum_a) - log_a
     log_q = (b - maximum_b) - log_b
-    behind = log_p < log_q
-    larger = tl.where(behind, log_q, log_p)
-    difference = tl.where(behind, log_p, log_q) - larger
-    # Finite, and 0 where both are -inf.
-    difference = tl.maximum(tl.where(larger > -float("inf"), difference, 0.0), -_far(a.dtype))
+    lead = log_q - log_p
+    behind = lead > 0.0
+    # A comparison, as there is no distance between two of -inf.
+    difference = tl.where(tl.abs(lead) < _far(a.dtype), -tl.abs(lead), -_far(a.dtype))
     weight_a, weight_b = weights
     return (
-        behind, tl.exp(larger), difference,
+        tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL), behind, difference,
         tl.where(behind, weight_b, weight_a), tl.where(behind, weight_a, weight_b),
     )  # fmt: skip
 
 
 @triton.jit
-def _mixture_excess(difference, other, weight):
-    """w z log z - m log m for m = 1 - w + w z and z = exp(difference), z and log m; the difference is not positive.
+def _js_terms(a, b, row, weights):
+    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture).
 
-    Computed as w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal
-    distributions give 0 and close ones keep their digits.
+    With z the smaller probability over the larger and m = 1 - w + w z, the first is w z log z - m log m. That is computed as
+    w G(z - 1) - G(w (z - 1)) with G(v) = (1 + v) log(1 + v) - v, which is of the second order, so that equal distributions
+    give 0 and close ones keep their digits.
     """
+    log_larger, behind, difference, other, weight = _mixture(a, b, row, weights)
+    larger = tl.exp(log_larger)
     change, excess = expm1_excess(difference)
-    near = tl.where(difference > -0.5, change * difference - excess, (change + 1.0) * difference - change)
-    v = weight * change
-    mixture = other + weight * (change + 1.0)
-    direct = tl.log(mixture)
-    if v.dtype == tl.float64:
-        u = 1.0 + v
-        d = u - 1.0
-        log = tl.where(d == 0.0, v, direct * (v / tl.where(d == 0.0, 1.0, d)))
-        of_mixture = (1.0 + v) * log - v
-    else:
-        s = v / (2.0 + v)
-        rest = atanh_excess(s)
-        small = v > -0.5
-        of_mixture = tl.where(small, v * s + 2.0 * (1.0 + v) * rest, mixture * direct - v)
-    return weight * near - of_mixture, change + 1.0, direct
+    z = change + 1.0
+    near = tl.where(difference > -0.5, change * difference - excess, z * difference - change)
+    log_mixture, of_mixture = log_share_excess(other + weight * z, weight * change)
+    above = -larger * log_mixture
+    below = larger * z * (difference - log_mixture)
+    return larger * (weight * near - of_mixture), tl.where(behind, below, above), tl.where(behind, above, below)
 
 
 @triton.jit
-def _js_terms(a, b, row, weights):
-    """A pair's terms of the divergence, of KL(a || mixture) and of KL(b || mixture)."""
-    behind, larger, difference, other, weight = _mixture(a, b, row, weights)
-    excess, z, log_mixture = _mixture_excess(difference, other, weight)
-    above = -larger * log_mixture
-    below = larger * z * (difference - log_mixture)
-    return larger * excess, tl.where(behind, below, above), tl.where(behind, above, below)
+def _js_logarithms(a, b, row, weights):
+    """A pair's probabilities p and q, and log(p / m) and log(q / m) for their mixture m."""
+    log_larger, behind, difference, other, weight = _mixture(a, b, row, weights)
+    larger = tl.exp(log_larger)
+    z = tl.exp(difference)
+    log_mixture, _ = log_share_excess(other + weight * z, weight * (z - 1.0))
+    smaller = larger * z
+    below = difference - log_mixture
+    return (
+        tl.where(behind, smaller, larger), tl.where(behind, larger, smaller),
+        tl.where(behind, below, -log_mixture), tl.where(behind, -log_mixture, below),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -262,7 +294,11 @@ def _kl_terms(a, b, row):
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     p = tl.exp((a - maximum_a) - log_a)
     q = tl.exp((b - maximum_b) - log_b)
-    difference = ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a)
+    return _kl_term(p, q, ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a))
+
+
+@triton.jit
+def _kl_term(p, q, difference):
     _, excess = expm1_excess(difference)
     term = tl.where(tl.abs(difference) < 0.5, p * excess, (q - p) - p * difference)
     return tl.where(p == 0.0, q, term)
@@ -293,18 +329,12 @@ def _gradients(a, b, row, weights, KIND: tl.constexpr, GRAD_A: tl.constexpr, GRA
     grad_a = a
     grad_b = b
     if KIND == JS:
-        behind, larger, difference, other, weight = _mixture(a, b, row, weights)
+        p, q, over_p, over_q = _js_logarithms(a, b, row, weights)
         weight_a, weight_b = weights
-        z = tl.exp(difference)
-        log_mixture = tl.log(other + weight * z)
-        smaller = larger * z
-        below = difference - log_mixture
         if GRAD_A:
-            p = tl.where(behind, smaller, larger)
-            grad_a = weight_a * p * (tl.where(behind, below, -log_mixture) - first)
+            grad_a = weight_a * p * (over_p - first)
         if GRAD_B:
-            q = tl.where(behind, larger, smaller)
-            grad_b = weight_b * q * (tl.where(behind, -log_mixture, below) - second)
+            grad_b = weight_b * q * (over_q - second)
     else:
         below = a - maximum_a
         p = tl.exp(below - log_a)
@@ -381,15 +411,17 @@ def _second_pass(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of a row's terms; a WHOLE row but for its edges is at hand as the tail."""
-    lane = tl.arange(0, BLOCK)
     if WHOLE:
         total, of_a, of_b = _terms(tail_a, tail_b, values, weights, KIND)
     else:
-        full = body // BLOCK * BLOCK
-        total = tl.zeros((BLOCK,), DTYPE)
+        # Half a tile: a Jensen-Shannon divergence adds up three sums of long terms, 111 registers in a whole one.
+        PART: tl.constexpr = BLOCK // 2 if KIND == JS else BLOCK
+        lane = tl.arange(0, PART)
+        full = body // PART * PART
+        total = tl.zeros((PART,), DTYPE)
         of_a = total
         of_b = total
-        for start in range(0, full, BLOCK):
+        for start in range(0, full, PART):
             cols = start + lane
             a, b = _pair(
                 a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
@@ -440,24 +472,21 @@ def _divergence_forward_rows_kernel(
         full = 0
     else:
         full = body // BLOCK * BLOCK
-    tail = full + lane
-    tail_live = lane < tl.multiple_of(body - full, VEC)
-    state = _initial_state((BLOCK,), DTYPE)
-    if not WHOLE:
-        for start in range(0, full, BLOCK):
-            cols = start + lane
-            a, b = _pair(
-                a_first, b_first, cols, a_stride_col, b_stride_col, lane, inverse_temperature, KIND, VEC, False, DTYPE
-            )  # fmt: skip
-            state = _update(state, a, b, KIND)
     tail_a, tail_b = _pair(
-        a_first, b_first, tail, a_stride_col, b_stride_col, tail_live, inverse_temperature, KIND, VEC, True, DTYPE
+        a_first, b_first, full + lane, a_stride_col, b_stride_col, lane < tl.multiple_of(body - full, VEC),
+        inverse_temperature, KIND, VEC, True, DTYPE,
     )  # fmt: skip
-    if WHOLE:
-        state = _first_state(tail_a, tail_b, KIND)
-    else:
-        state = _update(state, tail_a, tail_b, KIND)
-    state = _collapse(state, 0, KIND)
+    state = _collapse(_first_state(tail_a, tail_b, KIND), 0, KIND)
+    if full > 0:
+        vectors = (tl.arange(0, BLOCK // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        lanes = _initial_state((BLOCK // VEC,), DTYPE)
+        for start in range(0, full, BLOCK):
+            a, b = _pair(
+                a_first, b_first, start + vectors, a_stride_col, b_stride_col, vectors, inverse_temperature,
+                KIND, VEC, False, DTYPE,
+            )  # fmt: skip
+            lanes = _update_by_vectors(lanes, a, b, KIND)
+        state = _merge(_collapse(lanes, 0, KIND), state, KIND)
     if RAGGED:
         a, b = _edges(a_first, b_first, head, body, n_cols, inverse_temperature, KIND, VEC, DTYPE)
         state = _merge(state, _collapse(_first_state(a, b, KIND), 0, KIND), KIND)
@@ -588,15 +617,94 @@ def _chosen(value, total, KIND: tl.constexpr):
 
 
 @triton.jit
-def _whole_rows(a, b, weights, KIND: tl.constexpr):
-    """Numbers of the rows of a tile that holds all their classes, and their divergences."""
-    values, value = _row(_collapse(_first_state(a, b, KIND), 1, KIND), KIND)
+def _over_classes(values):
+    """Numbers of rows, to broadcast over a tile (rows, chunks, columns)."""
+    maximum_a, log_a, maximum_b, log_b, first, second = values
+    return (
+        maximum_a[:, None, None], log_a[:, None, None], maximum_b[:, None, None], log_b[:, None, None],
+        first[:, None, None], second[:, None, None],
+    )  # fmt: skip
+
+
+@triton.jit
+def _class_sum(x):
+    """Sum of each row of a tile (rows, chunks, columns); a thread holds all chunks of its rows, and adds them up first."""
+    return tl.sum(tl.sum(x, axis=1), axis=1)
+
+
+@triton.jit
+def _class_max(x):
+    return tl.max(tl.max(x, axis=1), axis=1)
+
+
+@triton.jit
+def _whole_state(a, b, KIND: tl.constexpr):
+    """Collapsed state of the rows of a tile that holds all their classes, and what they add to the totals.
+
+    The maxima first, so that each logit takes one exponential.
+    """
+    far = _far(a.dtype)
+    top_a = tl.maximum(_class_max(a), lowest(a.dtype))
+    change_a = a - top_a[:, None, None]
+    e_a = exp_flushed(change_a)
+    total_a = _class_sum(e_a)
+    below = tl.maximum(change_a, -far)
+    top_b = top_a
+    e_b = e_a
+    total_b = total_a
+    hole = top_a
+    moment = total_a
     if KIND != ENTROPY:
-        total, of_a, of_b = _terms(a, b, _wide(values), weights, KIND)
-        value = _chosen(value, tl.sum(total, axis=1), KIND)
+        top_b = tl.maximum(_class_max(b), lowest(b.dtype))
+        change_b = b - top_b[:, None, None]
+        e_b = exp_flushed(change_b)
+        total_b = _class_sum(e_b)
+    if KIND == KL:
+        below -= tl.maximum(change_b, -far)
+        hole = _class_max(_hole(a, b))
+    if KIND != JS:
+        moment = _class_sum(e_a * below)
+    return (top_a, total_a, top_b, total_b, moment, hole), e_a, e_b
+
+
+@triton.jit
+def _whole_rows(a, b, weights, KIND: tl.constexpr, BACKWARD: tl.constexpr):
+    """Numbers of the rows of a tile that holds all their classes, and unless BACKWARD their divergences."""
+    state, e_a, e_b = _whole_state(a, b, KIND)
+    values, value = _row(state, KIND)
+    if KIND == KL and not BACKWARD:
+        top_a, total_a, top_b, total_b, _, _ = state
+        terms = _kl_term(
+            e_a * (1.0 / total_a)[:, None, None], e_b * (1.0 / total_b)[:, None, None],
+            ((b - top_b[:, None, None]) - (a - top_a[:, None, None])) - (values[3] - values[1])[:, None, None],
+        )  # fmt: skip
+        value = _chosen(value, _class_sum(terms), KIND)
     if KIND == JS:
-        values = _with_means(values, tl.sum(of_a, axis=1), tl.sum(of_b, axis=1))
+        if BACKWARD:
+            p, q, over_p, over_q = _js_logarithms(a, b, _over_classes(values), weights)
+            values = _with_means(values, _class_sum(p * over_p), _class_sum(q * over_q))
+        else:
+            terms, _, _ = _js_terms(a, b, _over_classes(values), weights)
+            value = _class_sum(terms)
     return values, value
+
+
+@triton.jit
+def _whole_tile(
+    a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+    KIND: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Logits of whole rows as tiles (rows, chunks, columns); their columns, and which of the elements there are."""
+    CHUNK: tl.constexpr = BLOCK_COLS // CHUNKS
+    cols = tl.arange(0, CHUNKS)[None, :, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    # Whole vectors, as the rows' offsets are: a mask of whole vectors lets the compiler keep wide loads.
+    live = row_live[:, None, None] & (cols < n_cols // VEC * VEC)
+    a, b = _pair(
+        a_ptr + first_aligned(a_offsets, 0, VEC, False)[:, None, None],
+        b_ptr + first_aligned(b_offsets, 0, VEC, False)[:, None, None],
+        cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, VEC, True, DTYPE,
+    )  # fmt: skip
+    return a, b, cols, live
 
 
 @triton.jit
@@ -604,25 +712,26 @@ def _divergence_forward_tiles_kernel(
     a_ptr, b_ptr, loss_ptr, partial_ptr, saved_ptr, shape, a_strides, b_strides, a_stride_inner, b_stride_inner,
     a_stride_col, b_stride_col, n_inner, inner_tiles, n_rows, n_cols,
     inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
-    KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    KIND: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program walks the classes of neighbouring rows, so that neighbouring lanes read neighbouring addresses."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
     weights = (scalar(weight_a, DTYPE), scalar(weight_b, DTYPE))
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0), BLOCK_ROWS)
     row = outer * n_inner + inner
-    a_rows = a_ptr + (row_offset(outer, shape, a_strides) + inner * a_stride_inner)[:, None]
-    b_rows = b_ptr + (row_offset(outer, shape, b_strides) + inner * b_stride_inner)[:, None]
-    lane = tl.arange(0, BLOCK_COLS)
+    a_offsets = row_offset(outer, shape, a_strides) + inner * a_stride_inner
+    b_offsets = row_offset(outer, shape, b_strides) + inner * b_stride_inner
     if WHOLE:
-        cols = lane[None, :]
-        a, b = _pair(
-            a_rows, b_rows, cols, a_stride_col, b_stride_col, row_live[:, None] & (cols < n_cols), inverse_temperature,
-            KIND, 1, True, DTYPE,
+        a, b, _, _ = _whole_tile(
+            a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+            KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
-        values, value = _whole_rows(a, b, weights, KIND)
+        values, value = _whole_rows(a, b, weights, KIND, False)
     else:
+        a_rows = a_ptr + a_offsets[:, None]
+        b_rows = b_ptr + b_offsets[:, None]
+        lane = tl.arange(0, BLOCK_COLS)
         state = _initial_state((BLOCK_ROWS, BLOCK_COLS), DTYPE)
         for start in range(0, n_cols, BLOCK_COLS):
             cols = (start + lane)[None, :]
@@ -669,8 +778,8 @@ def _divergence_backward_tiles_kernel(
     a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col,
     n_inner, inner_tiles, n_rows, n_cols, n_splits, split_cols,
     inverse_temperature: tl.float64, weight_a: tl.float64, weight_b: tl.float64, factor: tl.float64,
-    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    KIND: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, WHOLE: tl.constexpr,
+    VEC: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program writes the gradients of neighbouring rows; it finds the numbers of WHOLE rows anew."""
     inverse_temperature = scalar(inverse_temperature, DTYPE)
@@ -678,25 +787,29 @@ def _divergence_backward_tiles_kernel(
     outer, inner, row_live = _tile_rows(n_inner, inner_tiles, tl.program_id(0) // n_splits, BLOCK_ROWS)
     row = outer * n_inner + inner
     grad = tl.load(grad_loss_ptr + row * grad_loss_stride, mask=row_live, other=0.0).to(DTYPE) * scalar(factor, DTYPE)
-    grad = grad[:, None]
-    a_rows = a_ptr + (row_offset(outer, shape, a_strides) + inner * a_stride_inner)[:, None]
-    b_rows = b_ptr + (row_offset(outer, shape, b_strides) + inner * b_stride_inner)[:, None]
-    grad_a_rows = grad_a_ptr + (row_offset(outer, shape, grad_a_strides) + inner * grad_a_stride_inner)[:, None]
-    grad_b_rows = grad_b_ptr + (row_offset(outer, shape, grad_b_strides) + inner * grad_b_stride_inner)[:, None]
-    lane = tl.arange(0, BLOCK_COLS)
+    a_offsets = row_offset(outer, shape, a_strides) + inner * a_stride_inner
+    b_offsets = row_offset(outer, shape, b_strides) + inner * b_stride_inner
+    grad_a_offsets = row_offset(outer, shape, grad_a_strides) + inner * grad_a_stride_inner
+    grad_b_offsets = row_offset(outer, shape, grad_b_strides) + inner * grad_b_stride_inner
     if WHOLE:
-        cols = lane[None, :]
-        live = row_live[:, None] & (cols < n_cols)
-        a, b = _pair(
-            a_rows, b_rows, cols, a_stride_col, b_stride_col, live, inverse_temperature, KIND, 1, True, DTYPE
+        a, b, cols, live = _whole_tile(
+            a_ptr, b_ptr, a_offsets, b_offsets, a_stride_col, b_stride_col, row_live, n_cols, inverse_temperature,
+            KIND, VEC, CHUNKS, DTYPE, BLOCK_COLS,
         )  # fmt: skip
-        values, _ = _whole_rows(a, b, weights, KIND)
+        values, _ = _whole_rows(a, b, weights, KIND, True)
         _store_gradients(
-            a, b, grad_a_rows + _places(cols, grad_a_stride_col, 1), grad_b_rows + _places(cols, grad_b_stride_col, 1), live,
-            _wide(values), grad, weights, KIND, GRAD_A, GRAD_B, True,
+            a, b,
+            grad_a_ptr + first_aligned(grad_a_offsets, 0, VEC, False)[:, None, None] + _places(cols, grad_a_stride_col, VEC),
+            grad_b_ptr + first_aligned(grad_b_offsets, 0, VEC, False)[:, None, None] + _places(cols, grad_b_stride_col, VEC),
+            live, _over_classes(values), grad[:, None, None], weights, KIND, GRAD_A, GRAD_B, True,
         )  # fmt: skip
     else:
-        firsts = (a_rows, b_rows, grad_a_rows, grad_b_rows)
+        grad = grad[:, None]
+        lane = tl.arange(0, BLOCK_COLS)
+        firsts = (
+            a_ptr + a_offsets[:, None], b_ptr + b_offsets[:, None],
+            grad_a_ptr + grad_a_offsets[:, None], grad_b_ptr + grad_b_offsets[:, None],
+        )  # fmt: skip
         strides = (a_stride_col, b_stride_col, grad_a_stride_col, grad_b_stride_col)
         values = _wide(_saved(saved_ptr, row, row_live, n_rows, KIND))
         begin = (tl.program_id(0) % n_splits) * split_cols

@@ -54,7 +54,7 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
 
     acc = arithmetic(input, target)
     operands = _operands(input, target, options.kind)
-    p = plan(operands, None, heavy=True)
+    p = plan(operands, None, heavy=True, whole=True)
     a, b = operands[0], operands[-1]
     reduce = options.divisor is not None
     loss = torch.empty(() if reduce else input.shape[:-1], dtype=dtype, device=input.device)
@@ -83,7 +83,8 @@ def _launch_forward(input: Tensor, target: Tensor | None, options: Options, dtyp
         launch(
             kernels._divergence_forward_tiles_kernel, p.programs, input.device,
             *pointers, *_by_tiles(p, [a, b]), *scalars,
-            WHOLE=p.n_cols <= WHOLE_ROW, BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
+            WHOLE=p.n_cols <= WHOLE_ROW, VEC=p.vec, CHUNKS=p.chunks,
+            BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
         )  # fmt: skip
     if options.divisor is not None:
         launch_reduction(
@@ -139,7 +140,7 @@ def _launch_backward(
     if target is not None and options.kind != Kind.REVERSE_KL:
         grads.reverse()
     written = [None if g is None else g.movedim(-1, 1) for g in grads]
-    p = plan([*operands, *(g for g in written if g is not None)], None, heavy=True)
+    p = plan([*operands, *(g for g in written if g is not None)], None, heavy=True, whole=True)
     strides = iter(p.strides)
     a_strides = b_strides = next(strides)
     if target is not None:
@@ -168,7 +169,8 @@ def _launch_backward(
         launch(
             kernels._divergence_backward_tiles_kernel, p.programs * p.n_splits, input.device,
             *pointers, *_by_tiles(p, every), p.n_splits, p.split_cols, *scalars,
-            WHOLE=p.n_cols <= WHOLE_ROW, BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
+            WHOLE=p.n_cols <= WHOLE_ROW, VEC=p.vec, CHUNKS=p.chunks,
+            BLOCK_ROWS=p.block_rows, BLOCK_COLS=p.block, num_warps=p.num_warps, **flags,
         )  # fmt: skip
 
 
