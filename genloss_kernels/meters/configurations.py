@@ -108,28 +108,51 @@ def _linear_cross_entropy(layout: Layout, thorough: bool) -> Iterator[Configurat
         return
     if logits.size(0) != MANY:
         return
-    dtype, n_rows, n_classes = logits.dtype, 2 * MANY, logits.size(1)
-    weight = {"weight": empty(n_classes, dtype=dtype)}
-    rows = {"row_weight": empty(n_rows, dtype=dtype)}
-    smoothing, softcap = {"label_smoothing": 0.1}, {"softcap": 30.0}
-    indices = torch.empty(n_rows, dtype=torch.int64, device="meta")
-    probabilities = empty(n_rows, n_classes, dtype=dtype)
-    layer = ("input", "linear_weight")
+    dtype, n_classes = logits.dtype, logits.size(1)
+    weight, rows, smoothing = _head_options(n_classes, dtype)
+    softcap = {"softcap": 30.0}
+    probabilities = {"target": empty(_HEAD_ROWS, n_classes, dtype=dtype)}
 
-    def configuration(name: str, options: dict[str, Any], target: Tensor, *differentiable: str) -> Configuration:
-        tensors = {"input": empty(n_rows, 64, dtype=dtype), "linear_weight": empty(n_classes, 64, dtype=dtype)}
-        arguments = {**tensors, "target": target, **options}
-        return Configuration(f"{layout.name}, {name}", "linear_cross_entropy", arguments, differentiable or layer)
+    def configuration(name: str, options: dict[str, Any], *differentiable: str) -> Configuration:
+        return _head(f"{layout.name}, {name}", n_classes, dtype, options, *differentiable)
 
     full = smoothing | softcap | weight | rows
-    yield configuration("plain", {}, indices)
+    yield configuration("plain", {})
     if layout.depth >= 1 or thorough:
-        yield configuration("every option", full, indices)
-        yield configuration("every option, probabilities", full, probabilities, *layer, "target")
-        yield configuration("probabilities", {}, probabilities)
+        yield configuration("every option", full)
+        yield configuration("every option, probabilities", full | probabilities, "target")
+        yield configuration("probabilities", probabilities)
     if layout.depth >= 2 or thorough:
         for options in (smoothing, softcap, weight, rows, {"divisor": 37.0}, weight | smoothing):
-            yield configuration(" and ".join(options), options, indices)
+            yield configuration(" and ".join(options), options)
+
+
+# So many that no row of a chunk is shared.
+_HEAD_ROWS = 2 * MANY
+
+
+def _head_options(n_classes: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    rows = {"row_weight": empty(_HEAD_ROWS, dtype=dtype)}
+    return {"weight": empty(n_classes, dtype=dtype)}, rows, {"label_smoothing": 0.1}
+
+
+def _head(label: str, n_classes: int, dtype: torch.dtype, options: dict[str, Any], *differentiable: str) -> Configuration:
+    layer = {"input": empty(_HEAD_ROWS, 64, dtype=dtype), "linear_weight": empty(n_classes, 64, dtype=dtype)}
+    labels = torch.empty(_HEAD_ROWS, dtype=torch.int64, device="meta")
+    return Configuration(label, "linear_cross_entropy", {**layer, "target": labels, **options}, (*layer, *differentiable))
+
+
+def _held_losses(dtype: torch.dtype) -> Iterator[Configuration]:
+    """Logits of every length at which a program holds them between loss and gradient."""
+    columns = 2 * launch.SHORT_ROW
+    while launch.held_loss_tile(columns, dtype.itemsize) is not None:
+        longest = launch.held_loss_tile(2 * columns, dtype.itemsize) is None
+        for n_classes, name in ((columns, "aligned"), (columns - 1, "ragged")):
+            weight, rows, smoothing = _head_options(n_classes, dtype)
+            alone = (weight, rows, smoothing, weight | smoothing) if longest else ()
+            for options in ({}, weight | rows | smoothing, *alone):
+                yield _head(f"held logits of {columns}, {name}, {' and '.join(options)}", n_classes, dtype, options)
+        columns *= 2
 
 
 def _nll_loss(layout: Layout, thorough: bool) -> Iterator[Configuration]:
@@ -287,6 +310,7 @@ def _configurations(dtype: torch.dtype, thorough: bool) -> Iterator[Configuratio
             yield from _nll_loss(chosen, thorough)
             yield from _divergences(chosen, thorough)
     yield from _held_rows(dtype)
+    yield from _held_losses(dtype)
     yield from _binary_cross_entropy(dtype, thorough, brief)
     yield from _gaussian_kl(dtype, thorough, brief)
     yield from _cases(dtype)

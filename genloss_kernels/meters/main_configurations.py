@@ -29,14 +29,17 @@ def _of_case(case: Case, dtype: torch.dtype) -> Configuration:
     return Configuration(case.name, case.loss, call.arguments, call.differentiable)
 
 
-def _short_rows(dtype: torch.dtype) -> Iterator[Configuration]:
+def _other_ways(dtype: torch.dtype) -> Iterator[Configuration]:
     """Ways through the kernels of rows and tiles that no benchmark takes."""
     images, classes = 2**18, 100
     labels = torch.empty(images, dtype=torch.int64, device="meta")
     short = {name: empty(images, classes, dtype=dtype) for name in ("input", "target")}
     held = {name: empty(2**14, 4096, dtype=dtype) for name in ("input", "target")}
+    head = {"input": empty(2**13, 1024, dtype=dtype), "linear_weight": empty(32000, 1024, dtype=dtype)}
+    held_labels = torch.empty(2**13, dtype=torch.int64, device="meta")
     long = {name: empty(2**13, 2**17, dtype=dtype) for name in ("input", "target")}
     yield Configuration("short rows", "cross_entropy", {**short, "target": labels}, ("input",))
+    yield Configuration("rows held", "linear_cross_entropy", {**head, "target": held_labels}, tuple(head))
     yield Configuration("probabilities", "cross_entropy", long, ("input",))
     yield Configuration("short rows", "kl_div_with_logits", short, ("input",))
     yield Configuration("short rows", "js_div_with_logits", short, ("input",))
@@ -48,7 +51,7 @@ def main_specialisations(dtypes: tuple[torch.dtype, ...] = MAIN_DTYPES) -> list[
     require_compiler()
     chosen: dict[tuple[str, ...], Specialisation] = {}
     for dtype in dtypes:
-        for configuration in (*_of_cases(BENCH, dtype), *_short_rows(dtype)):
+        for configuration in (*_of_cases(BENCH, dtype), *_other_ways(dtype)):
             chosen |= {kernel.key(): kernel for kernel in _launched(configuration, dtype) if kernel.key() not in chosen}
     reached = {_place(kernel) for kernel in chosen.values()}
     for dtype in dtypes:
