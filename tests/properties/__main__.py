@@ -22,11 +22,12 @@ from .tally import EXAMPLES, FAILED, INVARIANT, NARROW, TALLY, WIDE
 Figures = dict[str, dict[str, dict[str, int]]]
 
 
-def _run(path: str, examples: int, seed: int, figures: Path) -> int:
+def _run(path: str, examples: int, seed: int, workers: int, figures: Path) -> int:
     interpreted = {"TRITON_INTERPRET": "1"} if path == "triton" else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **interpreted, EXAMPLES: str(examples), TALLY: str(figures)}
     marker = "interpreter" if path == "triton" else "not interpreter"
     command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "-m", marker, f"--hypothesis-seed={seed}"]
+    command += ["-n", str(workers)]
     return subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
 
 
@@ -57,12 +58,13 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=500, help="of each loss on the eager path")
     parser.add_argument("--kernel-examples", type=int, default=100, help="of each loss by interpreted kernels")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures"
         figures.touch()
         runs = {"eager": chosen.examples, "triton": chosen.kernel_examples}
-        statuses = [_run(path, examples, chosen.seed, figures) for path, examples in runs.items()]
+        statuses = [_run(path, examples, chosen.seed, chosen.workers, figures) for path, examples in runs.items()]
         found = _read(figures)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton", "hypothesis"))
     print(f"Seed {chosen.seed}; {versions}, Python {platform.python_version()}. Made by")
