@@ -94,8 +94,9 @@ _HEAVY_ROW_TILES = {
     8: (Tile(256, 4), Tile(1024, 8)),
 }
 
-# With both passes in one kernel 16 elements in each of 256 threads spill, for labels as well.
+# With both passes in one kernel 16 elements in each of 256 threads spill, for labels as well, and with coefficients 8 do.
 _TWICE_ROW_TILES = {**_ROW_TILES, 2: (Tile(1024, 4), Tile(1024, 4))}
+_HEAVY_TWICE_ROW_TILES = {**_HEAVY_ROW_TILES, 2: (Tile(512, 4), Tile(1024, 4))}
 
 # Rows shorter than this share a program: a whole program for 256 columns would leave most lanes masked.
 SHORT_ROW = 256
@@ -122,8 +123,9 @@ def row_tile(
 
     ``heavy`` rows carry more than maximum and total; a kernel that goes over the row ``twice`` keeps both passes' numbers.
     """
-    short, long = (_HEAVY_ROW_TILES if heavy else _TWICE_ROW_TILES if twice else _ROW_TILES)[itemsize]
-    kind = "heavy row" if heavy else "row read twice" if twice else "row"
+    tables = (_ROW_TILES, _TWICE_ROW_TILES), (_HEAVY_ROW_TILES, _HEAVY_TWICE_ROW_TILES)
+    short, long = tables[heavy][twice][itemsize]
+    kind = f"{'heavy ' if heavy else ''}row{' read twice' if twice else ''}"
     # What counts as short is the default's affair, so that an entry holds for the rows that it was measured on.
     if n_cols <= 4 * short.block:
         return Tile(*tuned.entry(device, f"short {kind}", itemsize, short))

@@ -59,7 +59,7 @@ def plan(
     if by_rows:
         vec, ragged = _alignment(streams, strides, n_cols) if contiguous_cols else (1, False)
         tile = None
-        if twice and target is not None and vec > 1:
+        if twice and not heavy and vec > 1:
             tile = launch.long_row_tile(n_cols, itemsize, ragged=ragged, device=logits.device)
         tile = tile or launch.row_tile(n_cols, itemsize, heavy=heavy, twice=twice, device=logits.device)
         n_splits = launch.splits(n_rows, -(-n_cols // tile.block), processors)

@@ -70,7 +70,9 @@ def test_options(kernel: str, classes: int, name: str) -> None:
     logits = aligned(5, classes)
     with gk.testing.count_launches() as launches:
         check(gk.cross_entropy, cross_entropy_oracle, _indices(logits, **_row_options(logits)[name]))
-    assert launches == {kernel: 1, SUM: 1, SCALE: 1}
+    # Whose coefficients a program cannot hold as well.
+    chosen = LONG if name == "class weights and smoothing" else kernel
+    assert launches == {chosen: 1, SUM: 1, SCALE: 1}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

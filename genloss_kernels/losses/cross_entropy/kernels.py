@@ -749,35 +749,31 @@ def _cross_entropy_loss_and_gradient_kernel(
 
 
 @triton.jit
-def _held(row_pointers, weight_ptr, cols, live, logit_scale, SMOOTHING: tl.constexpr, DTYPE: tl.constexpr):
-    """Logits of a part of a row, -inf where not live, their largest, finite, and their coefficients."""
+def _held(row_pointers, live, logit_scale, DTYPE: tl.constexpr):
+    """Logits of a part of a row, -inf where not live, and their largest, finite."""
     y = _logits(row_pointers, live, logit_scale, 1.0, 1.0, False, True, DTYPE)
-    top = tl.maximum(tl.max(y, 0), lowest(DTYPE))
-    q = y
-    if SMOOTHING:
-        q, _, _ = _coefficients(row_pointers, weight_ptr, cols, live, 0.0, 0.0, False, True, DTYPE)
-    return y, top, q
+    return y, tl.maximum(tl.max(y, 0), lowest(DTYPE))
 
 
 @triton.jit
-def _held_sums(y, q, live, top, SMOOTHING: tl.constexpr):
-    """Exponentials relative to ``top``, their sum, and the sums of the coefficients and with them."""
+def _held_sums(y, live, top, SMOOTHING: tl.constexpr):
+    """Exponentials relative to ``top``, their sum, and for label smoothing the number of logits and their sum."""
     difference = y - top
     exponential = tl.exp(difference)
     mass = top * 0.0
     moment = mass
     if SMOOTHING:
-        mass = tl.sum(q, 0)
-        moment = tl.sum(tl.where(live, q * difference, 0.0), 0)
+        mass += tl.sum(tl.where(live, 1, 0), 0)
+        moment += tl.sum(tl.where(live, difference, 0.0), 0)
     return exponential, tl.sum(exponential, 0), mass, moment
 
 
 @triton.jit
 def _give_held(
-    exponential, q, grad_pointers, cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
+    exponential, grad_pointers, cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
     SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    dy = _slope_by_label(exponential * of_probability, q, cols, label, at_label, of_uniform, SMOOTHING)
+    dy = _slope_by_label(exponential * of_probability, 1.0, cols, label, at_label, of_uniform, SMOOTHING)
     tl.store(grad_pointers, narrowed(tl.where(valid, dy * logit_scale, 0.0), grad_pointers), mask=live)
 
 
@@ -789,7 +785,10 @@ def _cross_entropy_loss_and_gradient_held_kernel(
     SMOOTHING: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one row's loss and gradient, perhaps over its logits, from labels; it holds the exponentials."""
+    """One program finds one row's loss and gradient, perhaps over its logits, from labels; it holds the exponentials.
+
+    Class weights beside them would spill where label smoothing needs them.
+    """
     smoothing = scalar(smoothing, DTYPE)
     logit_scale = scalar(logit_scale, DTYPE)
     z_loss = scalar(z_loss, DTYPE)
@@ -801,17 +800,15 @@ def _cross_entropy_loss_and_gradient_held_kernel(
     head, first, body = aligned_row(offset, n_cols, VEC, RAGGED)
     cols = tl.arange(0, BLOCK)
     live = cols < tl.multiple_of(body, VEC)
-    y, top, q = _held(logits_ptr + first + cols, weight_ptr, head + cols, live & valid, logit_scale, SMOOTHING, DTYPE)
+    y, top = _held(logits_ptr + first + cols, live & valid, logit_scale, DTYPE)
     if RAGGED:
         edge = edge_columns(tl.arange(0, EDGE), head, body)
         at_edge = edge < n_cols - head
-        edge_y, edge_top, edge_q = _held(
-            logits_ptr + first + edge, weight_ptr, head + edge, at_edge & valid, logit_scale, SMOOTHING, DTYPE
-        )
+        edge_y, edge_top = _held(logits_ptr + first + edge, at_edge & valid, logit_scale, DTYPE)
         top = tl.maximum(top, edge_top)
-    exponential, total, mass, moment = _held_sums(y, q, live & valid, top, SMOOTHING)
+    exponential, total, mass, moment = _held_sums(y, live & valid, top, SMOOTHING)
     if RAGGED:
-        edge_exponential, edge_total, edge_mass, edge_moment = _held_sums(edge_y, edge_q, at_edge & valid, top, SMOOTHING)
+        edge_exponential, edge_total, edge_mass, edge_moment = _held_sums(edge_y, at_edge & valid, top, SMOOTHING)
         total += edge_total
         mass += edge_mass
         moment += edge_moment
@@ -833,13 +830,13 @@ def _cross_entropy_loss_and_gradient_held_kernel(
     tl.debug_barrier()
     grad_row = grad_logits_ptr + first_aligned(row_offset(row, shape, grad_strides), head, VEC, RAGGED)
     _give_held(
-        exponential, q, grad_row + cols, head + cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
+        exponential, grad_row + cols, head + cols, live, label, valid, of_probability, at_label, of_uniform, logit_scale,
         SMOOTHING,
     )  # fmt: skip
     if RAGGED:
         _give_held(
-            edge_exponential, edge_q, grad_row + edge, head + edge, at_edge, label, valid, of_probability, at_label,
-            of_uniform, logit_scale, SMOOTHING,
+            edge_exponential, grad_row + edge, head + edge, at_edge, label, valid, of_probability, at_label, of_uniform,
+            logit_scale, SMOOTHING,
         )  # fmt: skip
 
 

@@ -326,7 +326,8 @@ def _launch_loss_and_gradient(
     probabilities = target.is_floating_point()
     acc = accumulator(logits.dtype)
     streams = [t for t in (logits, grad_logits, target if probabilities else None, grad_target) if t is not None]
-    p = plan(streams, None if probabilities else target, heavy=probabilities, twice=True)
+    coefficients = probabilities or (options.label_smoothing != 0.0 and weight is not None)
+    p = plan(streams, None if probabilities else target, heavy=coefficients, twice=True)
     if not p.by_rows or p.n_splits > 1:
         return None
     loss = torch.empty(loss_shape(logits), dtype=acc, device=logits.device)
@@ -340,7 +341,7 @@ def _launch_loss_and_gradient(
         "DTYPE": kernel_dtype(acc),
     }
     held = held_loss_tile(p.n_cols, logits.element_size())
-    if held is not None and not probabilities and options.softcap is None and p.vec > 1:
+    if held is not None and not coefficients and options.softcap is None and p.vec > 1:
         launch(
             kernels._cross_entropy_loss_and_gradient_held_kernel, p.programs, logits.device,
             *pointers, p.shape, p.strides[0], p.strides[2], p.strides[1], *sizes,
