@@ -220,9 +220,14 @@ def test_bench_goes_on_where_it_was_stopped(
     assert [result["dtype"] for result in both] == ["float32", "float64"]
     assert main([*options, "float32", "--rounds", "3", "--resume"]) == 2
     assert "of another config" in capsys.readouterr().err
+    assert main([*options, "float16", "--resume"]) == 0
+    assert {*json.loads((tmp_path / "bench.json").read_text())["matmul_rates"]} == {"float16", "float32", "float64"}
     monkeypatch.setattr("genloss_kernels.bench.results.commit", lambda: "another")
     assert main([*options, "float32", "--resume"]) == 2
     assert "of another commit" in capsys.readouterr().err
+    (tmp_path / "bench.json").write_text("{}")
+    assert main([*options, "float32", "--resume"]) == 2
+    assert "of another version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spoilt", [steeper, higher, failing])

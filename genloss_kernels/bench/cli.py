@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     compiled = args.device.type == "cuda" if args.compile is None else args.compile
     limit = Limit(args.rounds) if args.rounds else Limit(_ROUNDS, _SECONDS / len(selected))
-    config = {"rounds": limit.rounds, "compile": compiled, "threads": torch.get_num_threads()}
+    config = {"rounds": limit.rounds, "seconds": limit.seconds, "compile": compiled, "threads": torch.get_num_threads()}
     report = Report(info.device_name(args.device), info.environment(), config)
     folder = args.out or Path("benchmarks", "results", slug(report.device))
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,11 @@ def main(args: argparse.Namespace) -> int:
         except ValueError as error:
             print(f"cannot resume: {error}; leave --resume out to begin anew", file=sys.stderr)
             return 2
-    else:
-        report.copy_rate = copy_rate(args.device)
-        report.matmul_rates = {_name(d): matmul_rate(args.device, d) for d in dict.fromkeys(dtype for _, dtype in selected)}
+    report.copy_rate = report.copy_rate or copy_rate(args.device)
+    for dtype in dict.fromkeys(dtype for _, dtype in selected):
+        if _name(dtype) not in report.matmul_rates:
+            report.matmul_rates[_name(dtype)] = matmul_rate(args.device, dtype)
+    report.save(file)
     left = _measure_all(selected, report, file, args, limit, compiled)
     print(table.text(report))
     print(f"\nsaved {file}")

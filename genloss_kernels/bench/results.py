@@ -99,7 +99,10 @@ class Report:
     def resume(self, path: Path) -> None:
         """Take rates and results from the file of a run that was stopped; raises ValueError where that was another's."""
         saved = json.loads(path.read_text())
-        before = Report.of(saved)
+        try:
+            before = Report.of(saved)
+        except KeyError as error:
+            raise ValueError(f"{path} is of another version, which did not write {error}") from error
         here = {"device": self.device, "commit": commit(), "environment": self.environment, "config": self.config}
         other = [name for name, value in here.items() if saved[name] != value]
         if other:

@@ -28,9 +28,9 @@ def hand_over(
     """
     if stored:
         return tuple(g * grad for g in stored)
-    made, compiling = ctx.made, torch.compiler.is_compiling()
-    if not compiling:  # where what is written to the context may be lost
-        ctx.made = None
+    compiling = torch.compiler.is_compiling()  # where what is written to the context may be lost
+    # In one step, for backwards of one graph on several threads.
+    made = ctx.made if compiling else ctx.__dict__.pop("made", None)
     if made is None:
         made = make()
     if compiling or batched(grad):

@@ -105,9 +105,8 @@ class MadeInForward(torch.autograd.Function):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable(ctx.parts, tensors, needed, upstreams)
-        made = ctx.made
-        if not torch.compiler.is_compiling():  # where what is written to the context may be lost
-            ctx.made = None
+        # In one step, for backwards of one graph on several threads; what a compiler has written to the context may be lost.
+        made = ctx.made if torch.compiler.is_compiling() else ctx.__dict__.pop("made", None)
         of_sum, *own = map(_number, upstreams)
         result: list[Tensor | None] = []
         for k, (part, given, wanted) in enumerate(_terms(ctx, tensors)):

@@ -29,6 +29,8 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
         return
     from .scaling_kernel import _scale_kernel
 
+    # Whose memory does not hold the number where it is lazily negated, or zero.
+    factor = factor.clone() if factor._is_zerotensor() else factor.resolve_neg()
     # In the order of memory, gaps included.
     sizes = tuple(extent(t) or t.numel() for t in tensors)
     # Few programs, since mostly they have nothing to do: one for each block would take longer to start than a small loss.

@@ -15,4 +15,5 @@ def _scale_kernel(tensors, sizes, n_programs, factor_ptr, DTYPE: tl.constexpr, B
                 index = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
                 live = index < size
                 x = tl.load(tensors[i] + index, mask=live).to(DTYPE)
-                tl.store(tensors[i] + index, x * factor, mask=live)
+                # An ignored row's gradient is 0 whatever the factor.
+                tl.store(tensors[i] + index, tl.where(x == 0.0, x, x * factor), mask=live)

@@ -141,7 +141,7 @@ def first_state(y, q, t, index, live, MASKED: tl.constexpr, MOMENT: tl.constexpr
     maximum, total, mass, moment, spread, argument, target_mass, target_moment, target_maximum, target_argument = (
         initial_state(y.shape, y.dtype)
     )
-    rises = y > maximum
+    rises = y >= maximum
     total = tl.where(rises, 1.0, tl.where(y == y, total, y))
     if MOMENT:
         # -inf times its coefficient: NaN if that is 0, as in torch.

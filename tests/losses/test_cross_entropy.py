@@ -421,6 +421,15 @@ def test_statistics_of_a_vocabulary_masked_by_the_lowest_number(path: str, monke
         torch.testing.assert_close(getattr(stats, name), getattr(wanted, name))
 
 
+@pytest.mark.parametrize("classes", [3, 128, 700])
+def test_every_class_at_the_lowest_number(path: str, classes: int) -> None:
+    logits = torch.full((2, classes), torch.finfo(torch.float32).min, requires_grad=True)
+    loss = gk.cross_entropy(logits, torch.tensor([0, classes - 1]))
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, torch.tensor(math.log(classes)))
+    torch.testing.assert_close(found, (1 / classes - F.one_hot(torch.tensor([0, classes - 1]), classes)) / 2)
+
+
 def test_statistics_of_a_masked_vocabulary(path: str) -> None:
     for shape in ((2, 700), (2, 20)):
         logits = aligned(*shape)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import genloss_kernels as gk
 from genloss_kernels.cases.cross_entropy import cross_entropy_oracle
@@ -178,6 +179,57 @@ def test_elsewhere_nothing_changes(unshared: None, other: dict[str, Any]) -> Non
         gk.cross_entropy(**given)
     assert launches[PLAIN] == 1
     assert not {HELD, LONG} & launches.keys()
+
+
+def test_lazily_negated_operands_and_upstream_gradients(unshared: None) -> None:
+    """Whose memory does not hold their values."""
+    x, target, row_weight = torch.randn(4, 300, requires_grad=True), torch.randint(300, (4,)), torch.rand(4) + 0.5
+    loss = gk.cross_entropy(x, target, row_weight=row_weight)
+    for given in ((torch._neg_view(-x), row_weight), (x, torch._neg_view(-row_weight))):
+        torch.testing.assert_close(gk.cross_entropy(given[0], target, row_weight=given[1]), loss)
+    for upstream in (torch._neg_view(torch.tensor(-2.0)), torch._efficientzerotensor((), dtype=torch.float32)):
+        (found,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+        wanted = torch.autograd.grad(cross_entropy_oracle(x, target, row_weight=row_weight), x)[0] * float(upstream)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_checkpoints_recompute_on_any_thread(unshared: None) -> None:
+    x, target, scale = (
+        torch.randn(4, 300, requires_grad=True),
+        torch.randint(300, (4,)),
+        torch.tensor(2.0, requires_grad=True),
+    )
+
+    def step(x: Tensor) -> Tensor:
+        with gk.backend("triton"):
+            return gk.cross_entropy(x * 1.0, target) * scale
+
+    wanted = torch.autograd.grad(step(x), x)[0]
+    for inside in (True, False):
+        with gk.gradient_in_forward(inside):
+            loss = checkpoint(step, x, use_reentrant=False)
+        with gk.gradient_in_forward(not inside):
+            (found,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_infinite_upstream_gradient_leaves_ignored_rows_alone(kernel: str) -> None:
+    x = torch.randn(3, 300, requires_grad=True)
+    gk.cross_entropy(x, torch.tensor([1, -100, 4])).backward(torch.tensor(math.inf))
+    assert x.grad is not None
+    assert not x.grad[1].any()
+    assert not x.grad[[0, 2]].isfinite().any()
+
+
+def test_the_weight_of_a_label_out_of_range_counts_for_nothing(kernel: str) -> None:
+    target, weight = torch.tensor([300, 1, -1]), torch.rand(300) + 0.5
+    slopes = []
+    for in_forward in (True, False):
+        x = torch.linspace(-1, 1, 900).view(3, 300).requires_grad_()
+        with gk.testing.device_semantics(), gk.gradient_in_forward(in_forward):
+            gk.cross_entropy(x, target, weight).backward()
+        slopes.append(x.grad)
+    torch.testing.assert_close(slopes[0], slopes[1], equal_nan=True)
 
 
 def test_probabilities_and_transforms_change_nothing(unshared: None) -> None:

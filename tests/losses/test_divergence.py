@@ -225,6 +225,14 @@ def test_classes_without_mass_on_either_side(path: str, name: str, columns: int)
             assert not found[row, ~kept].any()
 
 
+@pytest.mark.parametrize("columns", [10, 300, 600, 2100])
+def test_every_class_at_the_lowest_number(path: str, columns: int) -> None:
+    """As masks fill them, a whole row: each has the same mass."""
+    logits = torch.full((3, columns), torch.finfo(torch.float32).min)
+    torch.testing.assert_close(gk.categorical_entropy(logits, reduction="none"), torch.full((3,), math.log(columns)))
+    assert not gk.js_div_with_logits(logits, logits, reduction="none").any()
+
+
 @pytest.mark.parametrize("columns", [10, 300])
 @pytest.mark.parametrize("name", ["forward", "reverse", "js"])
 def test_classes_without_mass_on_one_side(path: str, name: str, columns: int) -> None:

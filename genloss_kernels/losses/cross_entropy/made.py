@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import (
+    _top_saved_tensors_default_hooks,  # pyright: ignore[reportAttributeAccessIssue, reportMissingModuleSource]
+)
 
 from ...core import backend
 from ...core.handover import hand_over, keep
+from ...core.library import unwatched
 from ...core.reduction import Reduction, accumulator, launch_reduction
 from . import reference
 from .op import gradient_like, loss_and_gradient, reference_gradients
 from .reference import Options
 
 
-def fits(input: Tensor, target: Tensor, options: Options) -> bool:
+def fits(tensors: Sequence[Tensor | None], options: Options) -> bool:
     """Whether the gradient may be made in the forward: of labels and one number, asked for, and not rounded to nothing.
 
-    Before a loss scale, most of a gradient in fp16 is below the smallest number of that dtype.
+    Before a loss scale, most of a gradient in fp16 is below the smallest number of that dtype. Activation checkpointing
+    and offloading look at what is saved, which must not depend on the thread that recomputes it.
     """
+    input, target = tensors[:2]
+    assert input is not None
+    assert target is not None
     return (
         backend.gradients_made_in_forward()
         and input.requires_grad
@@ -29,7 +38,8 @@ def fits(input: Tensor, target: Tensor, options: Options) -> bool:
         and input.dtype != torch.float16
         and not torch.compiler.is_compiling()
         and not backend.transforms()
-        and not backend.traced(input)
+        and unwatched(tensors)
+        and _top_saved_tensors_default_hooks(False) is None
     )
 
 

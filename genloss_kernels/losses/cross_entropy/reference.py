@@ -117,7 +117,8 @@ def normalizer(
     """What a row that counts adds to the divisor of the mean; one number where that is the same for all."""
     if weight is None or target.is_floating_point():
         return target.new_ones((), dtype=dtype) if row_weight is None else row_weight.to(dtype)
-    found = weight[target.long().clamp(0, n_classes - 1)]
+    label = target.long()
+    found = torch.where((label >= 0) & (label < n_classes), weight[label.clamp(0, n_classes - 1)], 0.0)
     return found if row_weight is None else found * row_weight.to(dtype)
 
 

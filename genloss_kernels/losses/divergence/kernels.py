@@ -81,7 +81,7 @@ def _hole(a, b):
 @triton.jit
 def _one(y):
     """1 for a number, 0 for -inf, NaN for NaN."""
-    return tl.where(y > lowest(y.dtype), 1.0, tl.where(y == y, 0.0, y))
+    return tl.where(y >= lowest(y.dtype), 1.0, tl.where(y == y, 0.0, y))
 
 
 @triton.jit
