@@ -62,8 +62,9 @@ if hasattr(F, "linear_cross_entropy"):
 def draw(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": device}
-    input = torch.randn(shape.tokens, shape.features, **options).to(getattr(torch, dtype))
-    weight = torch.randn(shape.vocabulary, shape.features, **options).to(input) / shape.features**0.5
+    # In place: a largest resident set would count what is no more needed.
+    input = torch.randn(shape.tokens, shape.features, dtype=getattr(torch, dtype), **options)
+    weight = torch.randn(shape.vocabulary, shape.features, dtype=input.dtype, **options).div_(shape.features**0.5)
     target = torch.randint(shape.vocabulary, (shape.tokens,), **options)
     return input.requires_grad_(), weight.requires_grad_(), target
 
