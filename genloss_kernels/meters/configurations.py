@@ -120,10 +120,11 @@ def _linear_cross_entropy(layout: Layout, thorough: bool) -> Iterator[Configurat
     yield configuration("plain", {})
     if layout.depth >= 1 or thorough:
         yield configuration("every option", full)
+        yield configuration("softcap", softcap)
         yield configuration("every option, probabilities", full | probabilities, "target")
         yield configuration("probabilities", probabilities)
     if layout.depth >= 2 or thorough:
-        for options in (smoothing, softcap, weight, rows, {"divisor": 37.0}, weight | smoothing):
+        for options in (smoothing, weight, rows, {"divisor": 37.0}, weight | smoothing):
             yield configuration(" and ".join(options), options)
 
 
@@ -149,7 +150,8 @@ def _held_losses(dtype: torch.dtype) -> Iterator[Configuration]:
         longest = launch.held_loss_tile(2 * columns, dtype.itemsize) is None
         for n_classes, name in ((columns, "aligned"), (columns - 1, "ragged")):
             weight, rows, smoothing = _head_options(n_classes, dtype)
-            alone = (weight, rows, smoothing, weight | smoothing) if longest else ()
+            # With a softcap, or smoothed class weights, they are read twice.
+            alone = (weight, rows, smoothing, weight | smoothing, {"softcap": 30.0}) if longest else ()
             for options in ({}, weight | rows | smoothing, *alone):
                 yield _head(f"held logits of {columns}, {name}, {' and '.join(options)}", n_classes, dtype, options)
         columns *= 2

@@ -134,20 +134,22 @@ def test_one_exponential_an_element_by_loads_of_16_bytes() -> None:
     assert not forward.violations
     assert not backward.violations
     assert set(forward.loads) == set(backward.loads) == set(backward.stores) == {16}
-    assert forward.special == backward.special == 1.0
+    # The forward takes one more for each 16 bytes, by which a lane's sums decay.
+    assert (forward.special, backward.special) == (1.0 + 1 / 8, 1.0)
 
 
 def test_two_special_functions_an_element_under_a_softcap() -> None:
     """And nothing in double precision, in which the softcap arrives."""
     for kernel in read([k for k in _cross_entropy(512, 32768, softcap=30.0) if "reduction" not in k.name]):
         assert not kernel.violations
-        assert kernel.special == 2.0
+        assert kernel.special == 2.0 + (1 / 8 if "forward" in kernel.kernel else 0.0)
 
 
 def test_spilling_is_found() -> None:
     forward = _cross_entropy(512, 32768, label_smoothing=0.1)[0]
+    block = (forward.kernel.arg_names.index("BLOCK"),)
 
-    (machine,) = read([dataclasses.replace(forward, num_warps=1)])
+    (machine,) = read([dataclasses.replace(forward, constexprs={**forward.constexprs, block: 2**14}, num_warps=1)])
 
     assert machine.local_bytes > 0
     assert any("registers spill" in violation for violation in machine.violations)
