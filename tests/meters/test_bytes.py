@@ -15,7 +15,7 @@ from genloss_kernels.core import backend
 from genloss_kernels.core import launch as launch_table
 from genloss_kernels.core.backend import INTERPRETED
 from genloss_kernels.core.launch import launch
-from genloss_kernels.losses.cross_entropy import op
+from genloss_kernels.losses.cross_entropy import made, op
 from genloss_kernels.meters.bytes import measure
 from genloss_kernels.meters.operators import Operators
 from genloss_kernels.meters.traffic import Traffic, count_memory
@@ -71,7 +71,8 @@ def test_a_stray_copy_of_the_logits_shows(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_gradient_made_in_the_forward_saves_a_pass(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over the logits, or three of which the second finds them in the cache."""
+    """Two passes over the logits, or three of which the second finds them in the cache; the meter itself watches."""
+    monkeypatch.setattr(made, "unwatched", lambda _: True)
     if not held:
         monkeypatch.setattr(launch_table, "held_loss_tile", lambda *_: None)
         monkeypatch.setattr(op, "held_loss_tile", lambda *_: None)
