@@ -17,6 +17,7 @@ from torch import Tensor
 import genloss_kernels as gk
 from genloss_kernels import cases, functional, info
 from genloss_kernels.__main__ import COMMANDS, main
+from genloss_kernels.bench import timing
 from genloss_kernels.cases import Case
 from genloss_kernels.core import tuned
 from genloss_kernels.core.backend import INTERPRETED
@@ -209,6 +210,8 @@ def test_bench_prints_saves_and_draws(one_case: Case, tmp_path: Path, capsys: py
 def test_bench_goes_on_where_it_was_stopped(
     one_case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(timing._MATMUL_SIZE, "cpu", 8)
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 2**20)
     options = ["bench", "--rounds", "2", "--no-compile", "--out", str(tmp_path), "--dtype"]
     assert main([*options, "float32", "float64", "--part", "0"]) == 3
     assert "2 cases are left" in capsys.readouterr().err
