@@ -88,15 +88,17 @@ def gradients_made_in_forward() -> bool:
 
 @contextmanager
 def gradient_in_forward(enabled: bool = True) -> Iterator[None]:
-    """Let ``cross_entropy`` make the gradient of its logits in the forward, on this thread: a third less memory traffic.
+    """Let ``cross_entropy`` make the gradient of its logits in the forward, on this thread, with less memory traffic.
 
-    The kernel that reads the logits for the loss writes their gradient at once, so that the backward has nothing to do
-    where the upstream gradient is 1, as after ``loss.backward()``. Any other scalar upstream gradient, such as 1 over the
-    number of micro-batches, is multiplied in by one more pass, which is then slower than without: give ``divisor`` instead,
-    or leave this off. The gradient takes its memory from the forward on. It holds for kernels in fp32, fp64 and bf16,
-    class indices, ``mean`` and ``sum``, without statistics, outside ``torch.compile`` and ``torch.func``; elsewhere nothing
-    changes. ``linear_cross_entropy`` does so anyway, and so do large losses on the CPU. The default comes from
-    ``GENLOSS_GRADIENT_IN_FORWARD=1`` when the package is imported.
+    Of up to 32768 classes (8192 in fp64; no softcap, no class weights beside label smoothing) the logits are read once and
+    their gradient is written once, where a backward would read them again. Longer rows are read twice by one kernel, which
+    saves as much only where the device's cache still holds them. The backward then has nothing to do if the upstream
+    gradient is 1, as after ``loss.backward()``. Any other scalar upstream gradient, such as 1 over the number of
+    micro-batches, is multiplied in by one more pass, which is then slower than without: give ``divisor`` instead, or leave
+    this off. The gradient takes its memory from the forward on. It holds for kernels in fp32, fp64 and bf16, class indices,
+    ``mean`` and ``sum``, without statistics, outside ``torch.compile``, ``torch.func``, dispatch modes and activation
+    checkpoints; elsewhere nothing changes. ``linear_cross_entropy`` does so anyway, and so do large losses on the CPU. The
+    default comes from ``GENLOSS_GRADIENT_IN_FORWARD=1`` when the package is imported.
 
     Numerics:
         A bf16 gradient is rounded once more where the upstream gradient is not a power of 2.

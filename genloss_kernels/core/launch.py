@@ -149,7 +149,7 @@ def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
     return Tile(block, block // elements) if block <= most * elements else None
 
 
-# A row whose exponentials are held between its loss and its gradient: twice as many elements in a warp spill.
+# A row whose exponentials are held between its loss and its gradient, by up to 1024 threads: twice as long rows spill.
 _HELD_ROW = {2: (1024, 32), 4: (1024, 32), 8: (256, 32)}
 
 # Both passes over a row that nothing can hold, labels only: one program fills a multiprocessor, so that the rows under way

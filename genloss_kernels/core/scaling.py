@@ -33,7 +33,7 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor, *, triton: bool) -> None:
     factor = factor.clone() if factor._is_zerotensor() else factor.resolve_neg()
     # In the order of memory, gaps included.
     sizes = tuple(extent(t) or t.numel() for t in tensors)
-    # Few programs, since mostly they have nothing to do: one for each block would take longer to start than a small loss.
+    # As many as run at once, since mostly they have nothing to do but start.
     programs = min(sum(-(-size // _BLOCK) for size in sizes), _PROGRAMS * multiprocessors(factor.device))
     launch(
         _scale_kernel, programs, factor.device, tuple(tensors), sizes, programs, factor,

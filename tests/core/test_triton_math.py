@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ BLOCK = 1 << 14
 
 
 @triton.jit
-def _log1p_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
+def _map_kernel(x_ptr, a_ptr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
-    tl.store(a_ptr + lane, log1p_unit(tl.load(x_ptr + lane)))
+    tl.store(a_ptr + lane, FUNCTION(tl.load(x_ptr + lane)))
 
 
 @triton.jit
@@ -42,24 +43,6 @@ def _expm1_kernel(x_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
     growth, excess = expm1_excess(tl.load(x_ptr + lane))
     tl.store(a_ptr + lane, growth)
     tl.store(b_ptr + lane, excess)
-
-
-@triton.jit
-def _exp_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(a_ptr + lane, exp_flushed(tl.load(x_ptr + lane)))
-
-
-@triton.jit
-def _log_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(a_ptr + lane, log_lower(tl.load(x_ptr + lane)))
-
-
-@triton.jit
-def _log1p_lower_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(a_ptr + lane, log1p_lower(tl.load(x_ptr + lane)))
 
 
 @triton.jit
@@ -81,20 +64,20 @@ def _softplus_kernel(x_ptr, a_ptr, b_ptr, c_ptr, d_ptr, BLOCK: tl.constexpr):
     tl.store(d_ptr + lane, complement)
 
 
-@triton.jit
-def _tanh_kernel(x_ptr, a_ptr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    tl.store(a_ptr + lane, tanh(tl.load(x_ptr + lane)))
-
-
-def _run(kernel, x: np.ndarray, outputs: int, device: torch.device) -> list[np.ndarray]:
+def _run(kernel, x: np.ndarray, outputs: int, device: torch.device, **constexprs: Any) -> list[np.ndarray]:
     """``kernel`` on as many copies of ``x`` as fill its block."""
     dtype = torch.float64 if x.dtype == np.float64 else torch.float32
     values = torch.from_numpy(np.resize(x, BLOCK)).to(device)
     results = [torch.empty(BLOCK, dtype=dtype, device=device) for _ in range(outputs)]
     with np.errstate(all="ignore"):
-        kernel[(1,)](values, *results, BLOCK=BLOCK)
+        kernel[(1,)](values, *results, **constexprs, BLOCK=BLOCK)
     return [r[: x.size].cpu().numpy() for r in results]
+
+
+def _map(function: Any, x: np.ndarray, device: torch.device) -> np.ndarray:
+    """A device function of one number."""
+    (got,) = _run(_map_kernel, x, 1, device, FUNCTION=function)
+    return got
 
 
 def _ulps(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -132,9 +115,9 @@ def _exp(x: Fraction) -> Fraction:
 
 def test_log1p(device: torch.device) -> None:
     x = np.abs(_grid(1e-30, 1.0, np.float32))
-    (got,) = _run(_log1p_kernel, x, 1, device)
+    got = _map(log1p_unit, x, device)
     assert _ulps(got, np.log1p(x.astype(np.float64))) <= 4.0
-    (got,) = _run(_log1p_kernel, np.float32([0.0, 1.0, 1e-45, 2.0**-24, 2.0**-23]), 1, device)
+    got = _map(log1p_unit, np.float32([0.0, 1.0, 1e-45, 2.0**-24, 2.0**-23]), device)
     assert got[0] == 0.0
     assert _ulps(got[1:], np.log1p(np.float64([1.0, 1.4012984643e-45, 2.0**-24, 2.0**-23]))) < 1.5
 
@@ -163,12 +146,12 @@ def test_logarithms_of_what_is_below_one(device: torch.device, dtype: type) -> N
     x = np.concatenate([np.geomspace(1.5e-45, 1.0, BLOCK // 2)[:-1], np.linspace(1e-3, 1.0 - 1e-7, BLOCK // 2)]).astype(
         dtype
     )
-    (got,) = _run(_log_lower_kernel, x, 1, device)
+    got = _map(log_lower, x, device)
     assert _ulps(got, np.log(x.astype(np.longdouble))) <= 2.0
     v = -np.abs(_grid(1e-18, 0.5, dtype))
-    (got,) = _run(_log1p_lower_kernel, v, 1, device)
+    got = _map(log1p_lower, v, device)
     assert _ulps(got, np.log1p(v.astype(np.longdouble))) <= 3.0
-    (got,) = _run(_log_lower_kernel, dtype([0.0]), 1, device)
+    got = _map(log_lower, dtype([0.0]), device)
     assert got[0] < -103.3
 
 
@@ -184,17 +167,17 @@ def test_logarithm_of_a_share_double(device: torch.device) -> None:
 def test_exponential_without_subnormals(device: torch.device) -> None:
     """The argument is rounded after it is multiplied: an error in proportion to it."""
     x = -np.concatenate([np.linspace(0.0, 87.0, BLOCK - 1), [np.inf]]).astype(np.float32)
-    (got,) = _run(_exp_kernel, x, 1, device)
+    got = _map(exp_flushed, x, device)
     exact = np.exp(x.astype(np.float64))
     assert np.all(np.abs(got - exact) <= (2.0 + np.minimum(np.abs(x), 87.0)) * 2.0**-23 * exact)
     assert got[-1] == 0.0
-    (got,) = _run(_exp_kernel, x.astype(np.float64), 1, device)
+    got = _map(exp_flushed, x.astype(np.float64), device)
     assert np.all(np.abs(got - np.exp(x.astype(np.float64))) <= 2.0**-50 * got)
 
 
 def test_log1p_double(device: torch.device) -> None:
     x = np.abs(_grid(1e-300, 1.0, np.float64))
-    (got,) = _run(_log1p_kernel, x, 1, device)
+    got = _map(log1p_unit, x, device)
     assert _ulps(got, np.log1p(x)) <= 3.0
 
 
@@ -260,16 +243,16 @@ def test_softplus_and_sigmoid_at_infinity(device: torch.device) -> None:
 
 def test_tanh(device: torch.device) -> None:
     x = _grid(1e-7, 9.5, np.float32)
-    (got,) = _run(_tanh_kernel, x, 1, device)
+    got = _map(tanh, x, device)
     assert _ulps(got, np.tanh(x.astype(np.float64))) <= 6.0
-    (got,) = _run(_tanh_kernel, np.float32([0.0, 9.1, -9.1, 1e30, np.inf, -np.inf, np.nan]), 1, device)
+    got = _map(tanh, np.float32([0.0, 9.1, -9.1, 1e30, np.inf, -np.inf, np.nan]), device)
     assert got[:6].tolist() == [0.0, 1.0, -1.0, 1.0, 1.0, -1.0]
     assert np.isnan(got[6])
 
 
 def test_tanh_double(device: torch.device) -> None:
     x = _grid(1e-12, 3.0, np.float64)[::32]
-    (got,) = _run(_tanh_kernel, x, 1, device)
+    got = _map(tanh, x, device)
 
     def exact(v: Fraction) -> Fraction:
         e = _exp(v)
@@ -277,7 +260,7 @@ def test_tanh_double(device: torch.device) -> None:
         return (e - 1) / (e + 1)
 
     assert _ulps(got, _exact(exact, x)) <= 6.0
-    (got,) = _run(_tanh_kernel, np.float64([0.0, 400.0, -400.0, np.inf, -np.inf]), 1, device)
+    got = _map(tanh, np.float64([0.0, 400.0, -400.0, np.inf, -np.inf]), device)
     assert got.tolist() == [0.0, 1.0, -1.0, 1.0, -1.0]
 
 

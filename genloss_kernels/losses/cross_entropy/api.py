@@ -202,7 +202,7 @@ def cross_entropy(
     if weights_learn:
         return _weighted_rows(input, target, weight, row_weight, tensor_divisor, options, dtype, single, in_place)
     row_weight = None if row_weight is None else row_weight.contiguous()
-    if triton and grad and not in_place and made.fits((input, target, weight, row_weight, tensor_divisor), options):
+    if triton and grad and not in_place and made.fits(input, target, (weight, row_weight, tensor_divisor), options):
         return made.CrossEntropyMadeInForward.apply(  # pyright: ignore[reportReturnType]
             input, target, weight, row_weight, tensor_divisor, options, dtype
         )

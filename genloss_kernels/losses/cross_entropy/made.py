@@ -20,15 +20,12 @@ from .op import gradient_like, loss_and_gradient, reference_gradients
 from .reference import Options
 
 
-def fits(tensors: Sequence[Tensor | None], options: Options) -> bool:
+def fits(input: Tensor, target: Tensor, rest: Sequence[Tensor | None], options: Options) -> bool:
     """Whether the gradient may be made in the forward: of labels and one number, asked for, and not rounded to nothing.
 
     Before a loss scale, most of a gradient in fp16 is below the smallest number of that dtype. Activation checkpointing
     and offloading look at what is saved, which must not depend on the thread that recomputes it.
     """
-    input, target = tensors[:2]
-    assert input is not None
-    assert target is not None
     return (
         backend.gradients_made_in_forward()
         and input.requires_grad
@@ -38,7 +35,7 @@ def fits(tensors: Sequence[Tensor | None], options: Options) -> bool:
         and input.dtype != torch.float16
         and not torch.compiler.is_compiling()
         and not backend.transforms()
-        and unwatched(tensors)
+        and unwatched((input, target, *rest))
         and _top_saved_tensors_default_hooks(False) is None
     )
 
@@ -48,15 +45,13 @@ def _make(
     options: Options, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = accumulator(logits.dtype)
-    if options.reduction == Reduction.MEAN and divisor is None and options.divisor is None:
+    if options.by_normalizer(divisor):
         divisor = reference.mean_divisor(target, weight, row_weight, logits.size(1), target != options.ignore_index, acc)
     gradient, one = gradient_like(logits), torch.ones((), dtype=acc, device=logits.device)
     rows = loss_and_gradient(logits, target, weight, row_weight, divisor, one, options, gradient, None, True)
     loss = torch.empty((), dtype=dtype, device=logits.device)
-    fixed = 1.0 if options.divisor is None else options.divisor
-    launch_reduction(
-        (rows, None, None, None), (loss, None, None, None), rows.numel(), acc, divisor=fixed if divisor is None else divisor
-    )
+    by = options.number(divisor) if divisor is None else divisor
+    launch_reduction((rows, None, None, None), (loss, None, None, None), rows.numel(), acc, divisor=by)
     return loss, gradient
 
 

@@ -58,7 +58,7 @@ def _launch_forward(
     stats = [new(*rows_shape) if options.stats else new(0) for _ in range(3)]
     counts = [new(dtype=torch.int64) if options.stats else new(0, dtype=torch.int64) for _ in range(2)]
     saved = new(saved_rows(p.n_cols, target, weight, options), p.n_rows)
-    by_normalizer = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
+    by_normalizer = options.by_normalizer(divisor)
     normalizer = new() if by_normalizer else new(0)
     n_partials = p.n_rows if split else p.programs
     partials = (
@@ -117,7 +117,7 @@ def _launch_forward(
             ),
             n_partials,
             acc,
-            divisor=divisor if divisor is not None else (1.0 if options.divisor is None else options.divisor),
+            divisor=options.number(divisor) if divisor is None else divisor,
             by_normalizer=by_normalizer,
         )
     return loss, *stats, *counts, saved, normalizer
@@ -141,7 +141,7 @@ def _eager_forward(
     result = eager.forward(logits, target, weight, row_weight, options)
     loss = reference.reduce(result.loss, result.normalizer, divisor, options).to(dtype)
     empty = [logits.new_empty(0, dtype=accumulator(logits.dtype)) for _ in range(5)]
-    own = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
+    own = options.by_normalizer(divisor)
     normalizer = result.normalizer.sum() if own else empty[4]
     if not options.stats:
         counts = [logits.new_empty(0, dtype=torch.int64) for _ in range(2)]
@@ -218,7 +218,7 @@ def _launch_backward(
         logits if grad_logits is None else grad_logits, logits if grad_target is None else grad_target,
         *(stride for _, stride in upstream),
     )  # fmt: skip
-    fixed = 1.0 if divisor is not None or options.divisor is None else options.divisor
+    fixed = options.number(divisor)
     flags = {
         "PROBABILITIES": probabilities,
         "SMOOTHING": options.label_smoothing != 0.0,
@@ -333,7 +333,7 @@ def _launch_loss_and_gradient(
     loss = torch.empty(loss_shape(logits), dtype=acc, device=logits.device)
     pointers = (logits, target, weight, row_weight, divisor, upstream, loss, grad_logits)
     sizes = p.n_rows, p.n_cols, options.ignore_index
-    fixed = 1.0 if divisor is not None or options.divisor is None else options.divisor
+    fixed = options.number(divisor)
     flags = {
         "SMOOTHING": options.label_smoothing != 0.0,
         "VEC": p.vec,
@@ -440,7 +440,7 @@ class CrossEntropy(torch.autograd.Function):
             return *reference_gradients(
                 logits, target, weight, row_weight, divisor, options, upstream, need_logits, need_target
             ), *nothing
-        own = options.reduction == Reduction.MEAN and divisor is None and options.divisor is None
+        own = options.by_normalizer(divisor)
         effective = normalizer if own else divisor
         if ctx.in_place and need_logits:
             grad_target = gradient_like(target) if need_target else None

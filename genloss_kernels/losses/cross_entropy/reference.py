@@ -22,6 +22,14 @@ class Options(NamedTuple):
     reduction: int = Reduction.MEAN
     stats: bool = False
 
+    def by_normalizer(self, divisor: Tensor | None) -> bool:
+        """Whether the loss is divided by what its rows add up to, and not by a number or a tensor that was given."""
+        return self.reduction == Reduction.MEAN and divisor is None and self.divisor is None
+
+    def number(self, divisor: Tensor | None) -> float:
+        """The number that divides the loss beside ``divisor``; 1 where none does."""
+        return 1.0 if divisor is not None or self.divisor is None else self.divisor
+
 
 class Rows(NamedTuple):
     """Results for each row; only ``loss`` carries the row weights."""

@@ -185,7 +185,7 @@ def forward_with_gradients(
     """
     acc = accumulator(head.input.dtype)
     ignored, divisor = head.ignored(options), head.divisor
-    if options.reduction == Reduction.MEAN and divisor is None and options.divisor is None:
+    if options.by_normalizer(divisor):
         divisor = mean_divisor(head, ignored)
     of_chunk = options._replace(reduction=Reduction.SUM)
     one = torch.ones((), dtype=acc, device=head.input.device)
