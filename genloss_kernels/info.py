@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, functional
-from .core import backend, tuned
+from .core import backend, tuned, widening
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,28 +94,29 @@ def path(loss: str) -> str:
         return f"none: backend 'triton' needs {missing}"
     if device.type != "cpu":
         return _BLOCKS
-    constants = vars(sys.modules[getattr(functional, loss).__module__])
+    constants = vars(sys.modules[getattr(functional, loss).__module__]) | {"WIDE_BELOW": widening.WIDE_BELOW}
     return ", ".join([*(text.format(**constants) for text in _SMALL[loss]), f"else {_BLOCKS}"])
 
 
 _BLOCKS = "PyTorch operators block by block"
-_BUILTIN = "torch's built-in below {BUILTIN_BELOW} elements in float32 and float64"
+_HALF = "of half precision below {WIDE_BELOW}"
+_BUILTIN = f"torch's built-in below {{BUILTIN_BELOW}} elements, {_HALF}"
 _PLAIN = "operators with autograd below {PLAIN_BELOW} elements"
 _NORMS = "norms with autograd below {NORMS_BELOW} elements"
-_REGRESSION = "torch's built-in in float32 and float64 without a weight"
-_MADE = f"{_REGRESSION} below {{MADE_FROM[%s]}} elements"
+_REGRESSION = f"torch's built-in without a weight, {_HALF} elements"
+_MADE = f"torch's built-in without a weight below {{MADE_FROM[%s]}} elements, {_HALF}"
 
 # What a CPU runs where elements are few, by the constants beside each public function: calling a function of ours costs some
 # tens of microseconds, and a block pays for it once it no longer fits into the cache.
 _SMALL = {
-    "cross_entropy": (_BUILTIN, "or {BUILTIN_CLASSES} classes"),
-    "nll_loss": (),
+    "cross_entropy": (_BUILTIN, "or else of {BUILTIN_CLASSES} classes"),
+    "nll_loss": (f"torch's built-in, {_HALF} elements",),
     "linear_cross_entropy": ("cross entropy of the whole logits below {LOGITS_BELOW} of them",),
     "binary_cross_entropy": (_BUILTIN.replace("BUILTIN", "PROBABILITIES_BUILTIN"),),
     "binary_cross_entropy_with_logits": (_BUILTIN,),
     "gaussian_kl": (_PLAIN,),
     "gaussian_nll_loss": (_PLAIN,),
-    "kl_div": ("torch's built-in below {BUILTIN_BELOW} elements of probabilities in float32 and float64",),
+    "kl_div": (_BUILTIN, "of log-probabilities at every size but of half precision"),
     "kl_div_with_logits": (_PLAIN,),
     "js_div_with_logits": (_PLAIN,),
     "categorical_entropy": (_PLAIN,),
@@ -124,7 +125,7 @@ _SMALL = {
     "l1_loss": (_MADE % "l1_loss", _PLAIN + " with a weight"),
     "smooth_l1_loss": (_REGRESSION, _PLAIN + " with a weight"),
     "huber_loss": (_REGRESSION, _PLAIN + " with a weight"),
-    "vae_loss": ("torch's built-in and operators with autograd below {PARTS_BELOW} elements in float32",),
+    "vae_loss": (f"torch's built-in and operators with autograd below {{PARTS_BELOW}} elements in float32, {_HALF}",),
     "gan_discriminator_loss": (_PLAIN,),
     "gan_generator_loss": (_PLAIN,),
     "gradient_penalty": (_NORMS,),

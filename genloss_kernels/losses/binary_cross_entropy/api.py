@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
 from ...core.reduction import Reduction, autocasting, loss_dtype, parse_reduction
+from ...core.widening import few, narrow, wide
 from .reference import NAME, PLAIN, PROBABILITIES, UNCHECKED, torch_loss_of_logits, torch_loss_of_probabilities
 
 # What torch.nn.functional's calls, without its Python.
@@ -89,16 +90,16 @@ def binary_cross_entropy_with_logits(
     # Torch takes weights of integers.
     weight, pos_weight = (w if w is None or w.is_floating_point() else w.to(input.dtype) for w in (weight, pos_weight))
     tensors = (input, target, weight, pos_weight)
-    triton = backend.use_triton(input, target, weight, pos_weight)
-    if not triton and mask is None and not label_smoothing and _builtin_is_best(input, target, BUILTIN_BELOW):
-        loss = torch_loss_of_logits(input, target, weight, pos_weight, int(_REDUCTIONS[reduction]))
-        # An infinite logit may have made NaN of a term that counts for nothing.
-        if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
-            return loss
     dtype = input.dtype
     for tensor in (target, weight, pos_weight):
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
+    triton = backend.use_triton(input, target, weight, pos_weight)
+    if not triton and mask is None and not label_smoothing and _builtin_is_best(input, target, BUILTIN_BELOW):
+        loss = torch_loss_of_logits(wide(input), wide(target), wide(weight), wide(pos_weight), int(_REDUCTIONS[reduction]))
+        # An infinite logit may have made NaN of a term that counts for nothing.
+        if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
+            return narrow(loss, dtype)
     return elementwise_op.apply(
         NAME,
         tensors,
@@ -170,8 +171,9 @@ def binary_cross_entropy(
     triton = backend.use_triton(input, target, weight)
     if not triton and _builtin_is_best(input, target, PROBABILITIES_BUILTIN_BELOW):
         try:
-            expanded = None if weight is None else weight.expand_as(input)
-            return torch_loss_of_probabilities(input, target, expanded, int(_REDUCTIONS[reduction]))
+            expanded = None if weight is None else wide(weight).expand_as(input)
+            loss = torch_loss_of_probabilities(wide(input), wide(target), expanded, int(_REDUCTIONS[reduction]))
+            return narrow(loss, input.dtype)
         except RuntimeError:
             # torch's message says that values are bad; ours, which.
             checks.probabilities("input", input)
@@ -193,13 +195,7 @@ def binary_cross_entropy(
 
 
 def _builtin_is_best(input: Tensor, target: Tensor, limit: int) -> bool:
-    return (
-        input.device.type == "cpu"
-        and input.numel() < limit
-        and input.dtype in (torch.float32, torch.float64)
-        and input.dtype == target.dtype
-        and backend.plain(input, target)
-    )
+    return few(input, limit) and input.dtype == target.dtype and backend.plain(input, target)
 
 
 def _check(input: Any, target: Any, weight: Any, pos_weight: Any, mask: Any, reduction: str, label_smoothing: Any) -> None:

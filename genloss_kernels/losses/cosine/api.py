@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core import autograd, backend, checks
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
+from ...core.widening import few, narrow, wide
 from .op import CosineEmbedding
 from .reference import composed
 
@@ -89,7 +90,10 @@ def cosine_embedding_loss(
     triton = backend.use_triton(input1, input2)
     dtype = loss_dtype(torch.promote_types(input1.dtype, input2.dtype), input1.device)
     if not triton and _builtin_is_best(input1, input2):
-        return _torch_loss(input1, input2, target, float(margin), int(_REDUCTIONS[reduction]))
+        wide1, wide2 = wide(input1), wide(input2)
+        # NaN is not below anything.
+        if _sum_of_squares(wide1) * _sum_of_squares(wide2) < _LARGEST_PRODUCT[wide1.dtype]:
+            return narrow(_torch_loss(wide1, wide2, target, float(margin), int(_REDUCTIONS[reduction])), input1.dtype)
     arguments = (input1, input2, target.detach(), float(margin), _REDUCTIONS[reduction])
     # A single column beside many counts once in its norm: rare enough for plain operators.
     if input1.size(-1) != input2.size(-1) or (not triton and backend.composite(input1, input2)):
@@ -99,17 +103,12 @@ def cosine_embedding_loss(
 
 
 def _builtin_is_best(input1: Tensor, input2: Tensor) -> bool:
-    """On a CPU, for vectors whose squares the dtype holds."""
     return (
-        input1.device.type == "cpu"
-        and input1.dtype in _LARGEST_PRODUCT
+        few(input1, BUILTIN_BELOW // (4 if input1.requires_grad and input2.requires_grad else 1))
         and input1.dtype == input2.dtype
-        and input1.numel() < BUILTIN_BELOW // (4 if input1.requires_grad and input2.requires_grad else 1)
         and input1.is_contiguous()
         and input2.is_contiguous()
         and backend.plain(input1, input2)
-        # NaN is not below anything.
-        and _sum_of_squares(input1) * _sum_of_squares(input2) < _LARGEST_PRODUCT[input1.dtype]
     )
 
 

@@ -12,6 +12,7 @@ from ...core import autograd, backend, checks
 from ...core.classes import check_class_weight, check_index_target, index_target
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
 from ...core.row_plan import extent
+from ...core.widening import few, narrow, wide
 from . import made, reference
 from .op import CrossEntropy
 from .reference import Options
@@ -274,12 +275,13 @@ BUILTIN_CLASSES = 256
 
 
 def _builtin_is_best(input: Tensor, target: Tensor) -> bool:
-    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64) or not backend.plain(input, target):
+    if input.device.type != "cpu" or not backend.plain(input, target):
         return False
-    if input.numel() < BUILTIN_BELOW:
+    if few(input, BUILTIN_BELOW):
         return True
     classes = min(1, input.dim() - 1)
-    return BUILTIN_BELOW > 0 and (input.size(classes) < BUILTIN_CLASSES or input.stride(classes) != 1)
+    few_classes = input.size(classes) < BUILTIN_CLASSES or input.stride(classes) != 1
+    return BUILTIN_BELOW > 0 and few_classes and input.dtype in (torch.float32, torch.float64)
 
 
 def _builtin(
@@ -289,8 +291,10 @@ def _builtin(
         ignored = target == ignore_index
         if ignored.any():
             input = input.masked_fill(ignored if input.dim() == 1 else ignored.unsqueeze(1), 0.0)
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    operands = wide(input), wide(target), wide(weight)
     try:
-        return _torch_cross_entropy(input, target, weight, int(_REDUCTIONS[reduction]), ignore_index, label_smoothing)
+        return narrow(_torch_cross_entropy(*operands, int(_REDUCTIONS[reduction]), ignore_index, label_smoothing), dtype)
     except IndexError:
         # Torch's message says what it got; ours, what is accepted as well.
         checks.class_indices(target, input.size(min(1, input.dim() - 1)), ignore_index)

@@ -12,6 +12,7 @@ from ...core import backend, checks, elementwise_op
 from ...core.layout import broadcast_shape
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
 from ...core.warning import warn
+from ...core.widening import few, narrow, wide
 from .reference import LOG_TARGET, NAME
 
 # What torch.nn.functional's calls, without its Python.
@@ -93,30 +94,27 @@ def kl_div(
     chosen = Reduction.SUM if by_sum else _REDUCTIONS[reduction]
     if not triton and _builtin_is_best(input, target, shape, log_target):
         by_sum = reduction == "batchmean"
-        loss = _torch_loss(input, target, int(Reduction.SUM if by_sum else chosen), log_target=log_target)
-    else:
-        tensors = (input, target, None, None)
-        loss = elementwise_op.apply(
-            NAME,
-            tensors,
-            None,
-            (0.0, 0.0, 0.0),
-            LOG_TARGET if log_target else 0,
-            chosen,
-            loss_dtype(torch.promote_types(input.dtype, target.dtype), input.device),
-            triton=triton,
-            by_reference=not triton and backend.composite(*tensors),
-        )
+        loss = _torch_loss(wide(input), wide(target), int(Reduction.SUM if by_sum else chosen), log_target=log_target)
+        return narrow(loss / input.size(0) if by_sum and input.dim() else loss, input.dtype)
+    tensors = (input, target, None, None)
+    loss = elementwise_op.apply(
+        NAME,
+        tensors,
+        None,
+        (0.0, 0.0, 0.0),
+        LOG_TARGET if log_target else 0,
+        chosen,
+        loss_dtype(torch.promote_types(input.dtype, target.dtype), input.device),
+        triton=triton,
+        by_reference=not triton and backend.composite(*tensors),
+    )
     return loss / input.size(0) if by_sum and input.dim() else loss
 
 
 def _builtin_is_best(input: Tensor, target: Tensor, shape: torch.Size, log_target: bool) -> bool:
+    limit = LOGARITHMS_BUILTIN_BELOW if log_target else BUILTIN_BELOW
     return (
-        input.device.type == "cpu"
-        and input.dtype in (torch.float32, torch.float64)
-        and input.dtype == target.dtype
-        and shape.numel() < (LOGARITHMS_BUILTIN_BELOW if log_target else BUILTIN_BELOW)
-        and not backend.composite(input, target)
+        few(input, limit) and shape.numel() < limit and input.dtype == target.dtype and not backend.composite(input, target)
     )
 
 

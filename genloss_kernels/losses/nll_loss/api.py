@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...core import autograd, backend, checks
 from ...core.classes import check_class_weight, check_index_target, index_target
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
+from ...core.widening import few, narrow, wide
 from . import reference
 from .op import NLLLoss
 
@@ -70,15 +72,22 @@ def nll_loss(
     weight = None if weight is None else weight.contiguous()
     triton = backend.use_triton(input, target, weight)
     checked = input.device.type == "cpu" and (backend.reads_values(target) or torch.compiler.is_compiling())
-    if not triton and checked and input.dtype in (torch.float32, torch.float64):
+    # Many in half precision are not cast: without weights and reduction the built-in only gathers, which is exact.
+    gathers = not few(input, math.inf)
+    if not triton and checked and not (gathers and weight is not None):
         # The built-in checks the labels itself; its backward wants spatial inputs contiguous.
         input = input.contiguous() if input.dim() > 2 else input
+        operand, chosen = (input, Reduction.NONE) if gathers else (wide(input), _REDUCTIONS[reduction])
         try:
-            return reference.torch_nll_loss(input, target, weight, int(_REDUCTIONS[reduction]), ignore_index)
+            loss = reference.torch_nll_loss(operand, target, wide(weight), int(chosen), ignore_index)
         except IndexError:
             # Torch's message says what it got; ours, what is accepted as well.
             checks.class_indices(target, input.size(min(1, input.dim() - 1)), ignore_index)
             raise
+        if gathers and reduction != "none":
+            loss = loss.sum(dtype=torch.float32)
+            loss = loss / (target != ignore_index).sum() if reduction == "mean" else loss
+        return narrow(loss, input.dtype)
     single = input.dim() == 1
     checks.class_indices(target, input.size(0) if single else input.size(1), ignore_index)
     if single:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core import backend, checks, elementwise_op, made
 from ...core.reduction import Reduction, accumulator, loss_dtype, parse_reduction
 from ...core.warning import warn
+from ...core.widening import few, narrow, wide
 from . import reference
 
 # Elements on a CPU from which passes through memory cost more than the operators that made gradients take; huber_loss and
@@ -252,7 +253,7 @@ def _loss(
     """
     triton = backend.use_triton(input, target, weight)
     if not triton and weight is None and _builtin_is_best(name, input, target, reduction):
-        return builtin(input, target, int(_REDUCTIONS[reduction]), *options)
+        return narrow(builtin(wide(input), wide(target), int(_REDUCTIONS[reduction]), *options), input.dtype)
     dtype = torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
@@ -281,8 +282,7 @@ def _loss(
 def _builtin_is_best(name: str, input: Tensor, target: Tensor, reduction: str) -> bool:
     """On a CPU, unless operands are to be converted, or broadcast with the warning that was given, or many are summed."""
     return (
-        input.device.type == "cpu"
-        and input.dtype in (torch.float32, torch.float64)
+        few(input, math.inf)
         and input.dtype == target.dtype
         and input.shape == target.shape
         and not (input.numel() >= MADE_FROM.get(name, math.inf) and made.fits((input, target), _REDUCTIONS[reduction]))

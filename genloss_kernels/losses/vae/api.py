@@ -14,6 +14,7 @@ from ...core.elementwise import divisor_of
 from ...core.layout import broadcast_shape
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
+from ...core.widening import few, narrow, wide
 from ..binary_cross_entropy.reference import NAME as BINARY
 from ..binary_cross_entropy.reference import PLAIN as PLAIN_BINARY
 from ..binary_cross_entropy.reference import PROBABILITIES, torch_loss_of_logits, torch_loss_of_probabilities
@@ -142,10 +143,10 @@ def vae_loss(
         _REDUCTIONS[reduction],
     )
     if not triton and free_bits is None and _parts_are_best(tensors, rule):
-        result = _by_parts(*tensors, recon_loss, rule)
+        result = _by_parts(wide(recon), wide(target), mu, logvar, recon_loss, rule)
         # An infinite logit may have made NaN of a term that counts for nothing.
         if math.isfinite(result.loss.detach()):
-            return result
+            return VAELossOutput(*(narrow(term, dtype) for term in result))
     first = Term(name, recon, target, 0.0, flags)
     second = Term(GAUSSIAN, mu, logvar, float(free_bits or 0.0), 0 if free_bits is None else FREE_BITS)
     terms = first.operands, second.operands
@@ -171,12 +172,12 @@ def vae_loss(
 def _parts_are_best(tensors: Sequence[Tensor], rule: Sum) -> bool:
     recon, _, mu, logvar = tensors
     return (
-        recon.device.type == "cpu"
-        and recon.numel() < PARTS_BELOW
+        few(recon, PARTS_BELOW)
         and mu.shape == logvar.shape
         and rule.capacity is None
         and rule.reduction != Reduction.SAMPLE
-        and all(t.dtype == torch.float32 for t in tensors)
+        and recon.dtype != torch.float64
+        and all(t.dtype == recon.dtype for t in tensors)
         and backend.plain(*tensors, rule.beta_tensor)
     )
 
