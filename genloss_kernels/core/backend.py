@@ -6,8 +6,9 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch._C import (
@@ -167,11 +168,23 @@ def transformed(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch._C._are_functorch_transforms_active()
-    if _functorch.peek_interpreter_stack() is not None:
-        kinds = _functorch.TransformType
-        stack = _functorch.get_interpreter_stack() or ()
-        if any(level.key() not in (kinds.Grad, kinds.Functionalize) for level in stack):
-            return True
+    kinds = _functorch.TransformType
+    return any(level.key() not in (kinds.Grad, kinds.Functionalize) for level in _levels()) or _dual(tensors)
+
+
+def pushes_forward(*tensors: torch.Tensor | None) -> bool:
+    """Whether the innermost transform is forward-mode AD."""
+    levels = _levels()
+    return levels[-1].key() == _functorch.TransformType.Jvp if levels else _dual(tensors)
+
+
+def _levels() -> Sequence[Any]:
+    if _functorch.peek_interpreter_stack() is None:
+        return ()
+    return _functorch.get_interpreter_stack() or ()
+
+
+def _dual(tensors: Iterable[torch.Tensor | None]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -179,16 +192,24 @@ def transformed(*tensors: torch.Tensor | None) -> bool:
 
 def composite(*tensors: torch.Tensor | None) -> bool:
     """Whether the eager path must be made of operators that every transform sees through: under all of ``torch.func``."""
-    return bool(transforms()) or transformed(*tensors)
+    return bool(transforms()) or transformed(*tensors) or recorded()
+
+
+def recorded() -> bool:
+    """Whether calls are recorded without their backward, ``torch.export`` and ``torch.jit.trace``.
+
+    A program that replays them is differentiated operator by operator, and ours have no gradient of their own.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing()
 
 
 def transforms() -> int:
     """How many transforms of ``torch.func`` are at work, one in another; each differentiates every gradient again."""
     if torch.compiler.is_compiling():
         return int(torch._C._are_functorch_transforms_active())
-    if _functorch.peek_interpreter_stack() is None:
-        return 0
-    return len(_functorch.get_interpreter_stack() or ())
+    return len(_levels())
 
 
 def traced(*tensors: torch.Tensor | None) -> bool:
@@ -218,7 +239,8 @@ def use_triton(main: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     floating = [t for t in (main, *others) if t is not None and t.is_floating_point()]
     if name == "auto":
-        return triton_installed() and all(t.dtype in KERNEL_DTYPES for t in floating) and not transformed(main, *others)
+        known = triton_installed() and all(t.dtype in KERNEL_DTYPES for t in floating)
+        return known and not transformed(main, *others) and not recorded()
     if not triton_installed():
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed: pip install triton (Linux only), "
@@ -237,4 +259,9 @@ def use_triton(main: torch.Tensor, *others: torch.Tensor | None) -> bool:
             )
     if transformed(main, *others):
         raise RuntimeError("backend 'triton' cannot run under vmap or forward-mode AD: use backend 'auto' or 'eager' there")
+    if recorded():
+        raise RuntimeError(
+            "backend 'triton' cannot be recorded by torch.export or torch.jit.trace, whose programs would have no gradient: "
+            "use backend 'auto' or 'eager' there"
+        )
     return True

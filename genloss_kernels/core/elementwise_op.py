@@ -213,6 +213,7 @@ class Elementwise(torch.autograd.Function):
         ctx.loss, ctx.scalars, ctx.flags, ctx.reduction, ctx.triton = loss, (s0, s1, s2), flags, reduction, triton
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         a, b, c, d, mask, kept, *saved = ctx.saved_tensors

@@ -33,7 +33,8 @@ def hand_over(
     made = ctx.made if compiling else ctx.__dict__.pop("made", None)
     if made is None:
         made = make()
-    if compiling or batched(grad):
+    # A transform forbids writing to what it did not make.
+    if compiling or batched(grad) or torch._C._are_functorch_transforms_active():
         return tuple(g * grad for g in made)
     scale_(made, grad, triton=triton)
     return tuple(made)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
-from .autograd import apart
+from . import autograd, backend
 from .elementwise import arithmetic, divisor_of
 from .formulas import Scalars, blocks, formulas_of, reduced
 from .library import batched, unwatched
@@ -96,11 +95,13 @@ class MadeInForward(torch.autograd.Function):
         ctx.made = [gradient for _, gradients in made for gradient in gradients]
         values = [value for value, _ in made]
         loss = sum(part.factor * value for part, value in zip(parts, values, strict=True))
-        results = [torch.tensor(value, dtype=dtype) for value in ((loss, *values) if len(parts) > 1 else (loss,))]
+        # On the operands' device, whatever the default one is.
+        results = [torch.tensor(v, dtype=dtype, device="cpu") for v in ((loss, *values) if len(parts) > 1 else (loss,))]
         ctx.mark_non_differentiable(*(r for r, term in zip(results[1:], terms, strict=False) if not any(term[2])))
         return tuple(results)
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
@@ -149,13 +150,16 @@ def _gradients(
 def _scaled(gradient: Tensor, factor: Any) -> Tensor:
     if isinstance(factor, Tensor):
         return gradient * factor
-    return gradient if factor == 1.0 else gradient.mul_(factor)
+    if factor == 1.0:
+        return gradient
+    # A transform forbids writing to what it did not make.
+    return gradient.mul_(factor) if unwatched((gradient,)) else gradient * factor
 
 
 def _differentiable(
     parts: Sequence[Part], tensors: Sequence[Tensor | None], needed: Sequence[bool], upstreams: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    tensors = apart(tensors)
+    tensors = autograd.apart(tensors)
     values = [
         reduced(part.loss, tensors[k * _OPERANDS :][:_OPERANDS], None, part.scalars, part.flags, part.reduction)
         for k, part in enumerate(parts)

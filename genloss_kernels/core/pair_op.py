@@ -192,6 +192,7 @@ class Pair(torch.autograd.Function):
         ctx.beta, ctx.capacity, ctx.reduction, ctx.triton, ctx.saves = beta, capacity, reduction, triton, saves
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         a, b, c, d, beta_tensor, sums, *saved = ctx.saved_tensors
         upstreams = grads[:3]

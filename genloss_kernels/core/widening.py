@@ -22,7 +22,8 @@ def few(tensor: Tensor, limit: float) -> bool:
     if tensor.device.type != "cpu":
         return False
     if tensor.dtype in _HALF:
-        return tensor.numel() < min(limit, WIDE_BELOW)
+        # A comparison would bind a compiled program to sizes.
+        return not torch.compiler.is_compiling() and tensor.numel() < min(limit, WIDE_BELOW)
     return tensor.numel() < limit and tensor.dtype in (torch.float32, torch.float64)
 
 

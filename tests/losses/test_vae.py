@@ -291,22 +291,40 @@ def test_sum_by_products(shape: tuple[int, ...], scale: float, monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_annealing_does_not_recompile() -> None:
+@pytest.mark.parametrize("number", [False, True], ids=["tensor", "number"])
+def test_annealing_does_not_recompile(path: str, number: bool) -> None:
+    """With numbers once, when dynamo sees the first one change."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def step(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, beta: Tensor) -> Tensor:
+    def step(recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor, beta: float | Tensor) -> Tensor:
         return gk.vae_loss(recon, target, mu, logvar, beta=beta).loss
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     arguments = [_arguments()[name] for name in TENSORS]
-    for beta in (0.1, 0.5, 1.0, 4.0):
-        value = torch.tensor(beta)
+    for beta in (0.1, 0.5, 1.0, 4.0, 0.0):
+        value = beta if number else torch.tensor(beta)
         torch.testing.assert_close(compiled(*arguments, value), step(*arguments, value))
-    assert counter.frame_count == 1
+    assert counter.frame_count == 1 + number
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"capacity": 2.0}, {"reduction": "none"}], ids=["plain", "capacity", "none"])
+def test_autocast_on_a_cpu_is_fp32(dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where fp16 does not hold the sum."""
+    arguments = _arguments((2, 300), (2, 3), dtype=dtype) | options
+    arguments["recon"] += 40.0
+    exact = _oracle(**{k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()})
+    for below in (0, 2**18):
+        monkeypatch.setattr(api, "PARTS_BELOW", below)
+        with gk.backend("eager"), torch.autocast("cpu", dtype):
+            found = gk.vae_loss(**arguments)
+        for name, wanted in exact.items():
+            assert getattr(found, name).dtype == torch.float32
+            torch.testing.assert_close(getattr(found, name), wanted.float())
 
 
 def test_module() -> None:

@@ -376,6 +376,31 @@ def test_batched_upstream_gradients(example: Example, path: str, small: str, dev
         torch.testing.assert_close(tuple(b[k] for b in batched), found)
 
 
+@every_route
+@examples(but=(BY_REFERENCE,))
+def test_transforms_of_a_backward_alone(example: Example, path: str, small: str, device: torch.device) -> None:
+    """Batches and tangents in the upstream gradient of a loss that was computed outside of them."""
+    function, leaves = example.problem(device)
+    loss = function(*leaves)
+    upstream, direction = (torch.randn(2, *loss.shape, dtype=loss.dtype, device=device) for _ in range(2))
+
+    def backward(at: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, leaves, at, retain_graph=True)
+
+    primals, tangents = ([backward(one) for one in batch] for batch in (upstream, direction))
+    batched = torch.func.vmap(backward)(upstream)
+    torch.testing.assert_close([tuple(b[k] for b in batched) for k in range(2)], primals)
+    if path == "eager" and example.loss == "huber_loss":
+        return  # whose own backward torch cannot push forward
+    pushed = torch.func.jvp(backward, (upstream[0],), (direction[0],))
+    torch.testing.assert_close(pushed, (primals[0], tangents[0]))
+    with forward_ad.dual_level():
+        duals = [forward_ad.unpack_dual(g) for g in backward(forward_ad.make_dual(upstream[0], direction[0]))]
+        assert not any(d.primal.requires_grad for d in duals)
+    torch.testing.assert_close(tuple(d.primal for d in duals), primals[0])
+    torch.testing.assert_close(tuple(d.tangent for d in duals), tangents[0])
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_gradcheck_of_weights_and_divisor(backend: str, device: torch.device) -> None:
     (example,) = [e for e in EXAMPLES if e.name == BY_REFERENCE]
@@ -606,16 +631,60 @@ def _modules(device: torch.device) -> list[Any]:
 
 
 @pytest.mark.parametrize(("module", "inputs"), _modules(torch.device("cpu")))
-def test_export(module: torch.nn.Module, inputs: tuple[Tensor, ...], path: str, device: torch.device) -> None:
-    inputs = tuple(t.to(device) for t in inputs)
-    expected = module(*inputs)
+def test_export(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Values, and gradients of the inputs and parameters, none of which need have one while it is exported."""
     batch = {0: torch.export.Dim("batch")}
     for shapes in (None, tuple(batch for _ in inputs)):
         program = torch.export.export(module, inputs, dynamic_shapes=shapes)
-        found = program.module()(*inputs)
-        assert_same(found, expected, 1e-6)
+        assert_same(_with_gradients(program.module(), inputs), _with_gradients(module, inputs), 1e-6)
     doubled = tuple(torch.cat([t, t.flip(0)]) for t in inputs)
-    assert_same(program.module()(*doubled), module(*doubled), 1e-6)
+    assert_same(_with_gradients(program.module(), doubled), _with_gradients(module, doubled), 1e-6)
+
+
+def _with_gradients(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    results = module(*leaves)
+    loss = results[0] if isinstance(results, tuple) else results
+    learning = [*(t for t in leaves if t.is_floating_point()), *module.parameters()]
+    return results, torch.autograd.grad(loss.sum(), learning)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_learns(strict: bool) -> None:
+    """A loss that was a constant to the program left the gradients of whatever stood beside it."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            logits = self.layer(x)
+            return gk.cross_entropy(logits, target) + 0.1 * logits.square().mean()
+
+    model, inputs = Model(), (torch.randn(4, 6), torch.tensor([0, 4, 2, 1]))
+    program = torch.export.export(model, inputs, strict=strict).module()
+    assert_same(_with_gradients(program, inputs), _with_gradients(model, inputs), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("small", ["as is", "blocks"], indirect=True)
+def test_a_traced_loss_has_a_gradient(small: str) -> None:
+    inputs = tuple(torch.randn(4, 6).requires_grad_() for _ in range(2))
+
+    def loss(mu: Tensor, logvar: Tensor) -> Tensor:
+        return gk.gaussian_kl(mu, logvar)
+
+    traced = torch.jit.trace(loss, inputs)
+    found, expected = (torch.autograd.grad(function(*inputs), inputs) for function in (traced, loss))
+    assert_same(found, expected, 1e-6)
+
+
+@pytest.mark.interpreter
+def test_kernels_are_not_exported() -> None:
+    module, inputs = gk.MSELoss(), (torch.randn(3), torch.randn(3))
+    with gk.backend("triton"), pytest.raises(RuntimeError, match="cannot be recorded by"):
+        torch.export.export(module, inputs)
 
 
 # --- function transforms ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.elementwise import Grid, Walk, dense, grid_for, walk
 from ...core.launch import REDUCTION_TILE, launch
 from ...core.library import register
@@ -141,6 +142,7 @@ class Penalty(torch.autograd.Function):
         ctx.save_for_backward(grad, output[1])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, found = ctx.saved_tensors
         upstream = grads[0]

@@ -164,6 +164,7 @@ class CosineEmbedding(torch.autograd.Function):
         ctx.save_for_backward(input1, input2, target, output[1])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         input1, input2, target, stats = ctx.saved_tensors

@@ -11,7 +11,7 @@ from torch._C._autograd import (
     _top_saved_tensors_default_hooks,  # pyright: ignore[reportAttributeAccessIssue, reportMissingModuleSource]
 )
 
-from ...core import backend
+from ...core import autograd, backend
 from ...core.handover import hand_over, keep
 from ...core.library import unwatched
 from ...core.reduction import Reduction, accumulator, launch_reduction
@@ -71,6 +71,7 @@ class CrossEntropyMadeInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,), nothing = grads, (None,) * 6
         if grad is None:

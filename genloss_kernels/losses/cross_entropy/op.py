@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.autograd import apart
+from ...core import autograd
 from ...core.launch import WHOLE_ROW, held_loss_tile, launch
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator, kernel_dtype, launch_reduction
@@ -422,6 +422,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.triton, ctx.in_place = triton, in_place
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, row_weight, divisor, saved, normalizer, entropy = ctx.saved_tensors
         options: Options = ctx.options
@@ -463,7 +464,7 @@ def reference_gradients(
     options: Options, grads: tuple[Tensor | None, ...], need_logits: bool, need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Differentiable gradients: the reference's, so that they can be differentiated again."""
-    logits, target = apart((logits, target))
+    logits, target = autograd.apart((logits, target))
     loss, rows = reference.cross_entropy(logits, target, weight, row_weight, divisor, options)
     outputs = (loss, rows.lse, rows.log_prob, rows.entropy)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

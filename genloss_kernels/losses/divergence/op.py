@@ -235,6 +235,7 @@ class Divergence(torch.autograd.Function):
         ctx.save_for_backward(input, target, *output[1:])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, options = grads[0], ctx.options
         input, target, *rest = ctx.saved_tensors

@@ -114,7 +114,7 @@ def kl_div(
 def _builtin_is_best(input: Tensor, target: Tensor, shape: torch.Size, log_target: bool) -> bool:
     limit = LOGARITHMS_BUILTIN_BELOW if log_target else BUILTIN_BELOW
     return (
-        few(input, limit) and shape.numel() < limit and input.dtype == target.dtype and not backend.composite(input, target)
+        not backend.composite(input, target) and few(input, limit) and shape.numel() < limit and input.dtype == target.dtype
     )
 
 

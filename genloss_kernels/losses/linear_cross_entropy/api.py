@@ -260,7 +260,7 @@ def _compute(
     if class_weight_learns and triton and backend.current() == "triton":
         raise RuntimeError("backend 'triton' has no kernel for the gradient of weight: use backend 'auto' or 'eager'")
     # Reverse mode over reverse mode, as any forward mode, sees through operators of torch alone.
-    if class_weight_learns or backend.transformed(*head) or backend.transforms() > 1:
+    if class_weight_learns or backend.transformed(*head) or backend.transforms() > 1 or backend.recorded():
         loss, rows = by_reference(head, formula)
         return loss.to(dtype), (rows.lse, rows.log_prob, rows.entropy, rows.valid.sum(), rows.correct.sum())
     needed: Needed = tuple(grad and t is not None and t.requires_grad for t in tensors)  # pyright: ignore[reportAssignmentType]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.autograd import apart
+from ...core import autograd
 from ...core.reduction import Reduction, accumulator
 from ..cross_entropy import reference
 from ..cross_entropy.reference import Options
@@ -117,6 +117,7 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
         ctx.mark_non_differentiable(*(g for g, need in zip(output, needed_of(ctx.scalars[-2]), strict=True) if not need))
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * len(ctx.scalars)
         if all(d is None for d in directions):
@@ -125,7 +126,7 @@ class LinearCrossEntropyGradients(torch.autograd.Function):
         options = Options(*formula, reduction=Reduction.NONE, stats=stats)
         arguments = (needed_of(needed), directions, ctx.needs_input_grad[:10])
         if torch.is_grad_enabled():
-            found = _derivatives(apart(ctx.saved_tensors), options, *arguments, create_graph=True)
+            found = _derivatives(autograd.apart(ctx.saved_tensors), options, *arguments, create_graph=True)
         else:
             found = _in_chunks(ctx.saved_tensors, options, most, *arguments)
         return (*found, *nothing)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.handover import hand_over, keep
 from ...core.reduction import Reduction
 from ..cross_entropy.reference import Options
@@ -18,7 +19,6 @@ from .op import (
     linear_cross_entropy_rows,
     linear_cross_entropy_rows_backward,
     needed_of,
-    reduced_forward,
 )
 
 
@@ -53,6 +53,7 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
         keep(ctx, inputs[:7], output[1:])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, nothing = grads[0], (None,) * (3 + len(ctx.scalars))
         if grad is None:
@@ -68,7 +69,9 @@ class ReducedLinearCrossEntropy(torch.autograd.Function):
                 *tensors[:6], rows, None, None, None, *formula, False, most, sum_dtype, mask, triton
             )
             return (*_kept(made, needed), *nothing)
-        made = hand_over(ctx, stored, grad, lambda: reduced_forward(*tensors, *ctx.scalars)[1:], triton=ctx.scalars[-1])
+        made = hand_over(
+            ctx, stored, grad, lambda: linear_cross_entropy_reduced(*tensors, *ctx.scalars)[1:], triton=ctx.scalars[-1]
+        )
         return (*_kept(made, needed), *nothing)
 
 
@@ -95,6 +98,7 @@ class LinearCrossEntropyRows(torch.autograd.Function):
         ctx.scalars = inputs[6:]
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, saved, entropy = ctx.saved_tensors
         *formula, stats, most, sum_dtype, mask, triton = ctx.scalars

@@ -41,7 +41,7 @@ def _options(arguments: tuple[Any, ...], reduction: int, stats: bool = False) ->
     return Options(*arguments, reduction=Reduction(reduction), stats=stats)
 
 
-def reduced_forward(
+def _reduced_forward(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
     row_weight: Tensor | None, divisor: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float | None, logit_scale: float, z_loss: float,
@@ -127,7 +127,7 @@ _FOUR = "Tensor, Tensor, Tensor, Tensor"
 linear_cross_entropy_reduced = register(
     f"linear_cross_entropy_reduced({_HEAD}, Tensor? divisor, {_FORMULA}, float? fixed_divisor, int reduction, int most,"
     f" ScalarType sum_dtype, int needed, ScalarType dtype, bool triton) -> (Tensor, {_FOUR})",
-    reduced_forward,
+    _reduced_forward,
     _reduced_forward_fake,
 )
 linear_cross_entropy_rows = register(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.launch import ELEMENTWISE_TILES, launch
 from ...core.layout import collapse
 from ...core.library import register
@@ -112,6 +113,7 @@ class NLLLoss(torch.autograd.Function):
         ctx.save_for_backward(input, target, weight, output[1])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         input, target, weight, normalizer = ctx.saved_tensors

@@ -285,8 +285,12 @@ def _builtin_is_best(name: str, input: Tensor, target: Tensor, reduction: str) -
         few(input, math.inf)
         and input.dtype == target.dtype
         and input.shape == target.shape
-        and not (input.numel() >= MADE_FROM.get(name, math.inf) and made.fits((input, target), _REDUCTIONS[reduction]))
+        and (torch.compiler.is_compiling() or not _many(name, input, target, reduction))
     )
+
+
+def _many(name: str, input: Tensor, target: Tensor, reduction: str) -> bool:
+    return input.numel() >= MADE_FROM.get(name, math.inf) and made.fits((input, target), _REDUCTIONS[reduction])
 
 
 def _plain_is_best(input: Tensor, weight: Tensor | None) -> bool:

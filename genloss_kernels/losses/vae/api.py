@@ -13,7 +13,7 @@ from ...core import backend, checks, made, pair_op
 from ...core.elementwise import divisor_of
 from ...core.layout import broadcast_shape
 from ...core.pair import Sum, Term
-from ...core.reduction import Reduction, loss_dtype
+from ...core.reduction import Reduction, accumulator, loss_dtype
 from ...core.widening import few, narrow, wide
 from ..binary_cross_entropy.reference import NAME as BINARY
 from ..binary_cross_entropy.reference import PLAIN as PLAIN_BINARY
@@ -87,7 +87,7 @@ def vae_loss(
             entropy of probabilities, with logarithms and gradient bounded as torch bounds them; ``"bce_with_logits"``: of
             logits.
         beta: weight of the divergence, not negative: a float, or a 0-d tensor on the device. Takes no gradient. Changing it
-            from step to step recompiles nothing; under ``torch.compile`` make it a tensor.
+            from step to step recompiles nothing, but once under ``torch.compile`` for floats, when the first changes.
         reduction: ``"batchmean"``: each term summed over all but dimension 0 and averaged over that, as the bound has it;
             ``"none"``: the same for each sample, without the average; ``"sum"``; ``"mean"``: each term over its own
             elements, which changes what a given beta means by the ratio of pixels to latents.
@@ -135,6 +135,9 @@ def vae_loss(
         dtype = torch.promote_types(dtype, tensor.dtype)
     triton = backend.use_triton(*tensors)
     name, flags = _RECONSTRUCTION[recon_loss]
+    if torch.compiler.is_compiling() and not isinstance(beta, Tensor):
+        # A number among an operator's arguments is a constant of the program, which each new one would compile again.
+        beta = torch.ones((), dtype=accumulator(dtype), device=recon.device) * beta
     tensor_beta = isinstance(beta, Tensor)
     rule = Sum(
         1.0 if tensor_beta else float(beta),
@@ -156,7 +159,7 @@ def vae_loss(
             made.Part(term.loss, (term.s0, 0.0, 0.0), term.flags, rule.reduction, factor)
             for term, factor in zip((first, second), (1.0, float(beta)), strict=True)
         )
-        return VAELossOutput(*made.apply(parts, dtype, (*terms[0], *terms[1])))
+        return VAELossOutput(*made.apply(parts, loss_dtype(dtype, recon.device), (*terms[0], *terms[1])))
     return VAELossOutput(
         *pair_op.apply(
             first,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.handover import hand_over, keep
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator
@@ -179,6 +180,7 @@ class ReducedVocabParallelLinear(torch.autograd.Function):
         keep(ctx, inputs[:7], output[1:])
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, nothing = grads[0], (None,) * (5 + len(ctx.scalars))
         if grad is None:
@@ -216,6 +218,7 @@ class VocabParallelLinearRows(torch.autograd.Function):
         ctx.scalars, ctx.reduce_input_grad = inputs[5:-1], inputs[-1]
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (3 + len(ctx.scalars))
         stats, group, needed = ctx.scalars[5], ctx.scalars[-2], ctx.scalars[-1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import autograd
 from ...core.library import register
 from ...core.reduction import Reduction, accumulator
 from ...core.row_plan import gradient_like
@@ -131,6 +132,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         ctx.scalars = inputs[3:]
 
     @staticmethod
+    @autograd.through_transforms
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, gathered = ctx.saved_tensors
         nothing = (None,) * (2 + len(ctx.scalars))

@@ -206,7 +206,7 @@ def _check(
     row_weight: Any, layout: Layout, loss_options: dict[str, Any],
 ) -> None:  # fmt: skip
     if backend.composite(input):
-        raise RuntimeError("vocab_shard cannot be used under torch.func's transforms or forward-mode AD")
+        raise RuntimeError("vocab_shard cannot be used under torch.func's transforms, forward-mode AD or torch.export")
     shape = [*input.shape]
     shape[dim] = layout.vocab_size
     # Everything is checked as for logits of all classes, of which the shape is enough.
