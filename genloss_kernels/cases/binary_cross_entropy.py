@@ -69,7 +69,7 @@ def binary_cross_entropy() -> Iterator[Case]:
 
 def binary_cross_entropy_of_probabilities() -> Iterator[Case]:
     loss = "binary_cross_entropy"
-    yield _case(loss, "elements 2**20", _certainties(2**20), BYTES)
+    yield _case(loss, "elements 2**18", _certainties(2**18), BYTES)
     yield _case(loss, "elements 2**15", _certainties(2**15), DOCTOR)
     yield _case(loss, "weight[N, 1]", _certainties(61, 257, weighted=(61, 1), reduction="sum"), DOCTOR)
     yield _case(loss, "both learned", _certainties(61, 257, learned=True), DOCTOR)
