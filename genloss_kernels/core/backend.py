@@ -202,7 +202,7 @@ def recorded() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._is_tracing()
+    return torch.jit.is_tracing()
 
 
 def transforms() -> int:
