@@ -383,6 +383,31 @@ def test_compiled_losses_are_torchs(case: str, graphs: Graphs) -> None:
     torch.testing.assert_close(found, expected)
 
 
+# A function of a number, and numbers of which the second makes it symbolic.
+NUMBERED: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[Any, ...]]] = {
+    "cross_entropy, ignore_index": (lambda x, n: F.cross_entropy(x, Y, ignore_index=n), (1, 2, 3)),
+    "cross_entropy, label_smoothing": (lambda x, n: F.cross_entropy(x, Y, label_smoothing=n), (0.1, 0.2, 0.3)),
+    "nll_loss": (lambda x, n: F.nll_loss(x, Y, ignore_index=n), (1, 2, 3)),
+    "smooth_l1_loss": (lambda x, n: F.smooth_l1_loss(x, X, beta=n), (0.5, 0.6, 0.7)),
+    "huber_loss": (lambda x, n: F.huber_loss(x, X, delta=n), (0.5, 0.6, 0.7)),
+    "gaussian_nll_loss, eps": (lambda x, n: F.gaussian_nll_loss(x, X, X.exp(), eps=n), (0.5, 0.6, 0.7)),
+    "gaussian_nll_loss, var": (lambda x, n: F.gaussian_nll_loss(x, X, n), (0.5, 0.6, 0.7)),
+    "cosine_embedding_loss": (lambda x, n: F.cosine_embedding_loss(x, X, -torch.ones(4), margin=n), (0.1, 0.2, 0.3)),
+}
+if "linear_cross_entropy" in TORCH_LOSSES:
+    NUMBERED["linear_cross_entropy"] = (lambda x, n: F.linear_cross_entropy(x, X, Y, ignore_index=n), (1, 2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@pytest.mark.parametrize("case", NUMBERED)
+def test_compiled_losses_take_numbers_that_change(case: str, graphs: Graphs) -> None:
+    loss, numbers = NUMBERED[case]
+    expected = [loss(X.flip(0), number) for number in numbers]
+    with gk.patch_torch():
+        compiled = torch.compile(loss, backend=graphs, fullgraph=True, dynamic=True)
+        torch.testing.assert_close([compiled(X.flip(0), number) for number in numbers], expected)
+
+
 def test_a_gaussian_loss_that_torch_does_not_compile_whole_compiles(graphs: Graphs) -> None:
     with gk.patch_torch():
         compiled = torch.compile(lambda x: F.gaussian_nll_loss(x, X, X.exp()), backend=graphs, fullgraph=True)
