@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable
 from types import ModuleType
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ...core import forks
 from . import slots
 from .routing import WRAPPERS, counts, state, torchs_own
 
-_lock = threading.RLock()
+_lock = forks.lock()
 _patches: set[TorchPatch] = set()
 
 
