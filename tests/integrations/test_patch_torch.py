@@ -215,6 +215,24 @@ def test_wrong_modules_change_nothing(modules: Any, error: type[Exception]) -> N
         gk.patch_torch(modules=modules)
 
 
+class Frozen(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("frozen")
+
+
+def test_a_module_that_refuses_changes_nothing(bound_earlier: ModuleType) -> None:
+    frozen = Frozen("frozen")
+    vars(frozen)["criterion"] = F.cross_entropy
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="frozen"):
+            gk.patch_torch(modules=[bound_earlier, frozen])
+        assert standing() == TORCH_LOSSES
+        assert bound_earlier.criterion is frozen.criterion is F.cross_entropy
+    with gk.patch_torch(modules=[bound_earlier]):
+        bound_earlier.criterion(X, Y)
+    assert bound_earlier.criterion is F.cross_entropy
+
+
 def test_report_is_empty_at_first() -> None:
     with gk.patch_torch() as patch:
         assert patch.report()["calls"] == {}

@@ -92,12 +92,23 @@ class TorchPatch:
             names = [(torch.nn.functional, name, name) for name in WRAPPERS]
             for module in self._modules:
                 names += [(module, attribute, loss) for attribute, loss in slots.bound(module)]
-            self._slots = [slots.hold(*name) for name in names]
-            self._missed = slots.missed()
+            try:
+                # One by one, as a module may refuse.
+                for name in names:
+                    self._slots.append(slots.hold(*name))
+                self._missed = slots.missed()
+            except BaseException:
+                self._release()
+                raise
             self._start = counts()
             self.active = True
             _patches.add(self)
             state.active = True
+
+    def _release(self) -> None:
+        held, self._slots = self._slots, []
+        for slot in held:
+            slots.release(slot)
 
     def revert(self) -> None:
         """Undo the patch; does nothing the second time. A wrapper that somebody still holds passes calls to torch."""
@@ -108,9 +119,7 @@ class TorchPatch:
             self.active = False
             _patches.remove(self)
             state.active = bool(_patches)
-            for slot in self._slots:
-                slots.release(slot)
-            self._slots = []
+            self._release()
 
     def __enter__(self) -> TorchPatch:
         with _lock:
