@@ -453,6 +453,21 @@ assert any("function cross_entropy" in target for target in seen[1]), seen
     assert done.returncode == 0, done.stderr
 
 
+def test_torchs_table_of_overrides_keeps_torchs_functions() -> None:
+    """Which it makes when it is first asked for one."""
+    source = """
+import torch, genloss_kernels as gk
+import torch.nn.functional as F
+with gk.patch_torch():
+    torch.overrides.resolve_name(torch.add), torch.overrides.get_testing_overrides()
+assert torch.overrides.resolve_name(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+assert F.cross_entropy in torch.overrides.get_testing_overrides()
+assert F.cross_entropy in torch.overrides.get_overridable_functions()[F]
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_pickles_by_name() -> None:
     with gk.patch_torch():
         assert pickle.loads(pickle.dumps(F.cross_entropy)) is F.cross_entropy

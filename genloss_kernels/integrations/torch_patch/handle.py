@@ -83,8 +83,10 @@ class TorchPatch:
         self._start: Counter[tuple[str, str | None]] = Counter()
 
     def _apply(self) -> None:
-        # Dynamo files torch's functions by name when it is imported, and must not take the wrappers for them.
+        # Both file torch's functions for good, on import or when first asked, and must not take the wrappers for them.
         importlib.import_module("torch._dynamo")
+        torch.overrides.get_overridable_functions()
+        torch.overrides.get_testing_overrides()
 
         with _lock:
             if not _patches:
