@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import tuned
 from .launch import ELEMENTWISE_TILES, REDUCTION_TILE, Tile, launch
-from .layout import collapse, contiguous_strides, memory_order
+from .layout import collapse, contiguous_strides, empty_in_order, memory_order
 from .reduction import Reduction, kernel_dtype, launch_reduction
 
 # Tiles in one program where the tensor is large: fewer partial sums, and loads of the next tile under way early.
@@ -210,7 +210,4 @@ def backward(
 
 def dense(path: Walk, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised tensor of ``shape`` whose memory lies in the walk's order."""
-    inverse = [0] * len(path.order)
-    for place, dim in enumerate(path.order):
-        inverse[dim] = place
-    return torch.empty([shape[d] for d in path.order], dtype=dtype, device=device).permute(inverse)
+    return empty_in_order(shape, path.order, dtype, device)

@@ -40,6 +40,15 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def empty_in_order(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised tensor whose dimensions lie in memory in ``order``, the slowest first; no view, which a Function's
+    result must not be if it is to be changed in place."""
+    strides = [0] * len(order)
+    for dim, stride in zip(order, contiguous_strides([max(1, shape[d]) for d in order]), strict=True):
+        strides[dim] = stride
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """Dimensions of ``tensor`` from the slowest to the fastest in memory; broadcast dimensions keep their place."""
     order = list(range(tensor.dim()))
