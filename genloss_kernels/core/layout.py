@@ -49,6 +49,21 @@ def empty_in_order(shape: Sequence[int], order: Sequence[int], dtype: torch.dtyp
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+def full_size(tensors: Sequence[torch.Tensor | None], shape: torch.Size) -> torch.Tensor | None:
+    """The first of the tensors that nothing has to expand to ``shape``, whose memory order all then follow."""
+    return next((t for t in tensors if t is not None and t.shape == shape), None)
+
+
+def empty_like_first(
+    tensors: Sequence[torch.Tensor | None], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised tensor that lies in memory as the first of the tensors that has its ``shape``."""
+    full = full_size(tensors, shape)
+    if full is None or full.is_contiguous():
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty_in_order(shape, memory_order(full), dtype, device)
+
+
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """Dimensions of ``tensor`` from the slowest to the fastest in memory; broadcast dimensions keep their place."""
     order = list(range(tensor.dim()))
