@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import tuned
 from .launch import ELEMENTWISE_TILES, REDUCTION_TILE, Tile, launch
-from .layout import collapse, contiguous_strides, memory_order
+from .layout import collapse, contiguous_strides, empty_in_order, full_size, memory_order
 from .reduction import Reduction, kernel_dtype, launch_reduction
 
 # Tiles in one program where the tensor is large: fewer partial sums, and loads of the next tile under way early.
@@ -42,7 +42,7 @@ class Walk(NamedTuple):
 
 def walk(tensors: Sequence[Tensor | None], shape: torch.Size, block: int, *, by_sample: bool) -> Walk:
     """Order the elements as the first full-size operand has them, and find every operand's strides in that order."""
-    full = next((t for t in tensors if t is not None and t.shape == shape), None)
+    full = full_size(tensors, shape)
     order = tuple(range(len(shape))) if full is None else memory_order(full)
     if by_sample and order[0] != 0:
         order = tuple(range(len(shape)))
@@ -210,7 +210,4 @@ def backward(
 
 def dense(path: Walk, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised tensor of ``shape`` whose memory lies in the walk's order."""
-    inverse = [0] * len(path.order)
-    for place, dim in enumerate(path.order):
-        inverse[dim] = place
-    return torch.empty([shape[d] for d in path.order], dtype=dtype, device=device).permute(inverse)
+    return empty_in_order(shape, path.order, dtype, device)

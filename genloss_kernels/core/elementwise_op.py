@@ -12,7 +12,7 @@ from torch import Tensor
 from . import autograd, elementwise, made
 from .elementwise import Operands
 from .formulas import Formulas, Scalars, blocks, formulas_of, reduced
-from .layout import broadcast_shape
+from .layout import broadcast_shape, empty_like_first
 from .library import register, unwatched
 from .reduction import Reduction
 from .scratch import Scratch
@@ -29,7 +29,7 @@ def eager_forward(
     kept = torch.zeros((), dtype=acc, device=device) if count else nothing
     scratch = Scratch()
     if reduction == Reduction.NONE:
-        out = torch.empty(shape, dtype=dtype, device=device)
+        out = empty_like_first([*operands.tensors, operands.mask], shape, dtype, device)
         for *tensors, mask, target in blocks([*operands.tensors, operands.mask, out], shape, by_sample=False):
             assert target is not None
             target.copy_(_masked(formulas.value(*tensors, scalars, flags, scratch), mask))
@@ -140,7 +140,7 @@ def _forward_fake(
         if triton:
             path = elementwise.walk([*tensors, mask], shape, 1, by_sample=False)
             return elementwise.dense(path, shape, dtype, a.device), kept
-        return a.new_empty(shape, dtype=dtype), kept
+        return empty_like_first([*tensors, mask], shape, dtype, a.device), kept
     return a.new_empty(shape[:1] if reduction == Reduction.SAMPLE else (), dtype=dtype), kept
 
 

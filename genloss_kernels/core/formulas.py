@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import broadcast_shape, memory_order, row_blocks
+from .layout import broadcast_shape, full_size, memory_order, row_blocks
 from .reduction import Reduction
 
 # Elements of a block for each thread: a second-level cache in fp64, and long enough to hide the cost of calling
@@ -78,7 +78,7 @@ def blocks(tensors: Sequence[Tensor | None], shape: torch.Size, *, by_sample: bo
     if shape.numel() <= elements and not by_sample:
         yield [t if t is None or t.shape == shape else t.expand(shape) for t in tensors]
         return
-    full = next((t for t in tensors if t is not None and t.shape == shape), None)
+    full = full_size(tensors, shape)
     order = tuple(range(len(shape))) if full is None or by_sample else memory_order(full)
     views = [None if t is None else t.expand(shape).permute(order) for t in tensors]
     dims: Sequence[int] = [shape[d] for d in order]

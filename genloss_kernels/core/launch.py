@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import tuned
+from . import forks, tuned
 
-_lock = threading.Lock()
+_lock = forks.lock()
 _counters: list[Counter[str]] = []
 _observers: list[Callable[[Any, int, tuple[Any, ...], dict[str, Any]], bool]] = []
 

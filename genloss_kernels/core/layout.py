@@ -40,6 +40,30 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def empty_in_order(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised tensor whose dimensions lie in memory in ``order``, the slowest first; no view, which a Function's
+    result must not be if it is to be changed in place."""
+    strides = [0] * len(order)
+    for dim, stride in zip(order, contiguous_strides([max(1, shape[d]) for d in order]), strict=True):
+        strides[dim] = stride
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def full_size(tensors: Sequence[torch.Tensor | None], shape: torch.Size) -> torch.Tensor | None:
+    """The first of the tensors that nothing has to expand to ``shape``, whose memory order all then follow."""
+    return next((t for t in tensors if t is not None and t.shape == shape), None)
+
+
+def empty_like_first(
+    tensors: Sequence[torch.Tensor | None], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Uninitialised tensor that lies in memory as the first of the tensors that has its ``shape``."""
+    full = full_size(tensors, shape)
+    if full is None or full.is_contiguous():
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty_in_order(shape, memory_order(full), dtype, device)
+
+
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """Dimensions of ``tensor`` from the slowest to the fastest in memory; broadcast dimensions keep their place."""
     order = list(range(tensor.dim()))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genloss_kernels.core.layout import broadcast_shape, collapse, contiguous_strides, memory_order, row_blocks
+from genloss_kernels.core.layout import (
+    broadcast_shape,
+    collapse,
+    contiguous_strides,
+    empty_in_order,
+    memory_order,
+    row_blocks,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,17 @@ def test_broadcast_shape() -> None:
 )
 def test_contiguous_strides(shape, strides) -> None:
     assert contiguous_strides(shape) == strides
+
+
+def test_empty_in_order() -> None:
+    found = empty_in_order((2, 3, 4, 5), (0, 2, 3, 1), torch.float64, torch.device("cpu"))
+    assert found.shape == (2, 3, 4, 5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert found.dtype == torch.float64
+    assert not found._is_view()
+    # No stride of 0, by which elements that are none would lie in one place.
+    nothing = empty_in_order((3, 0), (0, 1), torch.float32, torch.device("cpu"))
+    assert nothing.mul_(2.0).stride() == torch.empty(3, 0).stride()
 
 
 def test_memory_order() -> None:

@@ -51,6 +51,24 @@ def test_one_term(path: str, shape: tuple[int, ...], reduction: Reduction, maske
     _agree((found,), (formulas.reduced(MSE, *given),), (x, t))
 
 
+LAYOUTS = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "every second": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_elements_lie_as_those_of_torchs_losses(path: str, layout: Any) -> None:
+    """And a compiler knows how."""
+    x, t = layout(torch.rand(2, 3, 4, 5)), layout(torch.rand(2, 3, 4, 5))
+    arguments = (MSE, x, t, None, None, None, *NUMBERS, 0, int(Reduction.NONE), torch.float32, path == "triton")
+    found, _ = elementwise_op.elementwise_forward(*arguments)
+    wanted = torch.nn.functional.mse_loss(x, t, reduction="none")
+    torch.testing.assert_close(found, wanted, check_stride=True)
+    torch.library.opcheck(torch.ops.genloss.elementwise_forward.default, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("capacity", [None, 20.0])
 @pytest.mark.parametrize("reduction", [r for r in Reduction if r != Reduction.NONE])
 def test_two_terms(path: str, reduction: Reduction, capacity: float | None) -> None:

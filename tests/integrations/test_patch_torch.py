@@ -215,6 +215,24 @@ def test_wrong_modules_change_nothing(modules: Any, error: type[Exception]) -> N
         gk.patch_torch(modules=modules)
 
 
+class Frozen(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("frozen")
+
+
+def test_a_module_that_refuses_changes_nothing(bound_earlier: ModuleType) -> None:
+    frozen = Frozen("frozen")
+    vars(frozen)["criterion"] = F.cross_entropy
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="frozen"):
+            gk.patch_torch(modules=[bound_earlier, frozen])
+        assert standing() == TORCH_LOSSES
+        assert bound_earlier.criterion is frozen.criterion is F.cross_entropy
+    with gk.patch_torch(modules=[bound_earlier]):
+        bound_earlier.criterion(X, Y)
+    assert bound_earlier.criterion is F.cross_entropy
+
+
 def test_report_is_empty_at_first() -> None:
     with gk.patch_torch() as patch:
         assert patch.report()["calls"] == {}
@@ -383,6 +401,31 @@ def test_compiled_losses_are_torchs(case: str, graphs: Graphs) -> None:
     torch.testing.assert_close(found, expected)
 
 
+# A function of a number, and numbers of which the second makes it symbolic.
+NUMBERED: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[Any, ...]]] = {
+    "cross_entropy, ignore_index": (lambda x, n: F.cross_entropy(x, Y, ignore_index=n), (1, 2, 3)),
+    "cross_entropy, label_smoothing": (lambda x, n: F.cross_entropy(x, Y, label_smoothing=n), (0.1, 0.2, 0.3)),
+    "nll_loss": (lambda x, n: F.nll_loss(x, Y, ignore_index=n), (1, 2, 3)),
+    "smooth_l1_loss": (lambda x, n: F.smooth_l1_loss(x, X, beta=n), (0.5, 0.6, 0.7)),
+    "huber_loss": (lambda x, n: F.huber_loss(x, X, delta=n), (0.5, 0.6, 0.7)),
+    "gaussian_nll_loss, eps": (lambda x, n: F.gaussian_nll_loss(x, X, X.exp(), eps=n), (0.5, 0.6, 0.7)),
+    "gaussian_nll_loss, var": (lambda x, n: F.gaussian_nll_loss(x, X, n), (0.5, 0.6, 0.7)),
+    "cosine_embedding_loss": (lambda x, n: F.cosine_embedding_loss(x, X, -torch.ones(4), margin=n), (0.1, 0.2, 0.3)),
+}
+if "linear_cross_entropy" in TORCH_LOSSES:
+    NUMBERED["linear_cross_entropy"] = (lambda x, n: F.linear_cross_entropy(x, X, Y, ignore_index=n), (1, 2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@pytest.mark.parametrize("case", NUMBERED)
+def test_compiled_losses_take_numbers_that_change(case: str, graphs: Graphs) -> None:
+    loss, numbers = NUMBERED[case]
+    expected = [loss(X.flip(0), number) for number in numbers]
+    with gk.patch_torch():
+        compiled = torch.compile(loss, backend=graphs, fullgraph=True, dynamic=True)
+        torch.testing.assert_close([compiled(X.flip(0), number) for number in numbers], expected)
+
+
 def test_a_gaussian_loss_that_torch_does_not_compile_whole_compiles(graphs: Graphs) -> None:
     with gk.patch_torch():
         compiled = torch.compile(lambda x: F.gaussian_nll_loss(x, X, X.exp()), backend=graphs, fullgraph=True)
@@ -405,6 +448,21 @@ with gk.patch_torch():
 loss(x, y)
 assert "autograd_function_apply" in seen[0], seen
 assert any("function cross_entropy" in target for target in seen[1]), seen
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchs_table_of_overrides_keeps_torchs_functions() -> None:
+    """Which it makes when it is first asked for one."""
+    source = """
+import torch, genloss_kernels as gk
+import torch.nn.functional as F
+with gk.patch_torch():
+    torch.overrides.resolve_name(torch.add), torch.overrides.get_testing_overrides()
+assert torch.overrides.resolve_name(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+assert F.cross_entropy in torch.overrides.get_testing_overrides()
+assert F.cross_entropy in torch.overrides.get_overridable_functions()[F]
 """
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -372,6 +372,13 @@ def test_goes_to_torch(row: tuple[str, tuple[Any, ...], dict[str, Any], str], pa
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_a_class_that_64_bits_do_not_hold_is_an_error_of_torchs_type(name: str, patch: Any) -> None:
+    (error, _), _ = _outcome(TORCH_LOSSES[name], (X, Y), {"ignore_index": 10**400})
+    with pytest.raises(error):
+        getattr(F, name)(X, Y, ignore_index=10**400)
+
+
 def _reasons(patch: Any) -> set[str]:
     return {reason for row in patch.report()["calls"].values() for reason in row["torch"]}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable
 from types import ModuleType
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ...core import forks
 from . import slots
 from .routing import WRAPPERS, counts, state, torchs_own
 
-_lock = threading.RLock()
+_lock = forks.lock()
 _patches: set[TorchPatch] = set()
 
 
@@ -83,8 +83,10 @@ class TorchPatch:
         self._start: Counter[tuple[str, str | None]] = Counter()
 
     def _apply(self) -> None:
-        # Dynamo files torch's functions by name when it is imported, and must not take the wrappers for them.
+        # Both file torch's functions for good, on import or when first asked, and must not take the wrappers for them.
         importlib.import_module("torch._dynamo")
+        torch.overrides.get_overridable_functions()
+        torch.overrides.get_testing_overrides()
 
         with _lock:
             if not _patches:
@@ -92,12 +94,23 @@ class TorchPatch:
             names = [(torch.nn.functional, name, name) for name in WRAPPERS]
             for module in self._modules:
                 names += [(module, attribute, loss) for attribute, loss in slots.bound(module)]
-            self._slots = [slots.hold(*name) for name in names]
-            self._missed = slots.missed()
+            try:
+                # One by one, as a module may refuse.
+                for name in names:
+                    self._slots.append(slots.hold(*name))
+                self._missed = slots.missed()
+            except BaseException:
+                self._release()
+                raise
             self._start = counts()
             self.active = True
             _patches.add(self)
             state.active = True
+
+    def _release(self) -> None:
+        held, self._slots = self._slots, []
+        for slot in held:
+            slots.release(slot)
 
     def revert(self) -> None:
         """Undo the patch; does nothing the second time. A wrapper that somebody still holds passes calls to torch."""
@@ -108,9 +121,7 @@ class TorchPatch:
             self.active = False
             _patches.remove(self)
             state.active = bool(_patches)
-            for slot in self._slots:
-                slots.release(slot)
-            self._slots = []
+            self._release()
 
     def __enter__(self) -> TorchPatch:
         with _lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import types
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ... import functional
+from ...core import forks
 from ...core.torch_losses import TORCH_LOSSES
 from . import rules
 
@@ -26,7 +26,7 @@ class _State:
 
 state = _State()
 _counts: Counter[tuple[str, str | None]] = Counter()
-_counting = threading.Lock()
+_counting = forks.lock()
 
 
 def counts() -> Counter[tuple[str, str | None]]:

@@ -35,9 +35,11 @@ _held: dict[tuple[int, str], Slot] = {}
 
 def hold(module: ModuleType, attribute: str, loss: str) -> Slot:
     """Put the wrapper in place, unless another patch has; what a third party put over that since stays."""
-    slot = _held.setdefault((id(module), attribute), Slot(module, attribute, loss))
+    key = id(module), attribute
+    slot = _held.get(key) or Slot(module, attribute, loss)
     if not slot.holders:
         setattr(module, attribute, slot.wrapper)
+    _held[key] = slot
     slot.holders += 1
     return slot
 

@@ -55,9 +55,9 @@ def _forward(
     shape = _shape(input1, input2, target)
     if not triton:
         stats = eager.statistics(first, second, acc)
-        loss = reference.of_cosine(stats[2], labels, margin)
-        loss = loss.view(shape) if reduction == Reduction.NONE else reference.reduced(loss, Reduction(reduction))
-        return loss.to(dtype), stats
+        # In shape from the start: a Function's result that is a view cannot be changed in place.
+        loss = reference.of_cosine(stats[2].view(shape), target, margin)
+        return reference.reduced(loss, Reduction(reduction)).to(dtype), stats
     from .kernels import _cosine_forward_kernel
 
     programs, rows, cols, warps = _tile(first, second)
