@@ -168,6 +168,53 @@ def test_names_bound_earlier_are_reported(bound_earlier: ModuleType) -> None:
     assert "bound_earlier.criterion" in str(patch)
 
 
+HOLDERS = """
+import torch
+from functools import partial
+from torch.nn.functional import cross_entropy
+class Metaclass(type):
+    def __getattribute__(self, name):
+        raise AssertionError(f"{name} was asked for")
+class Kit(metaclass=Metaclass):
+    loss = staticmethod(cross_entropy)
+    table = {"ce": cross_entropy}
+    def step(self, x, criterion=cross_entropy):
+        return criterion
+def step(x, y=0, criterion=cross_entropy, *, other=cross_entropy):
+    return criterion
+losses, pair, mean = {"ce": cross_entropy, None: cross_entropy}, (0, cross_entropy), partial(cross_entropy, reduction="mean")
+class Unequal:
+    __hash__ = None
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+    @property
+    def __class__(self):
+        raise AssertionError("its class was asked for")
+unequal = Unequal()
+del cross_entropy
+"""
+
+
+def test_what_holds_torchs_functions_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of its code runs."""
+    module = _module("holders")
+    monkeypatch.setitem(sys.modules, "holders", module)
+    exec(HOLDERS, vars(module))
+    with gk.patch_torch() as patch:
+        missed = [name.removeprefix("holders.") for name in patch.report()["missed"] if name.startswith("holders.")]
+    assert missed == [
+        "Kit.loss",
+        "Kit.step(criterion=)",
+        "Kit.table['ce']",
+        "losses['ce']",
+        "losses[...]",
+        "mean.func",
+        "pair[1]",
+        "step(criterion=)",
+        "step(other=)",
+    ]
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_names_bound_earlier_are_patched_in_modules(by_name: bool, bound_earlier: ModuleType) -> None:
     with gk.patch_torch(modules=["bound_earlier" if by_name else bound_earlier]) as patch:

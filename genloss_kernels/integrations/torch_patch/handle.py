@@ -141,7 +141,9 @@ class TorchPatch:
 
         Returns:
             ``calls``: for each function that was called, by how many calls ran ours, and how many torch's by reason;
-            ``missed``: ``module.name`` of what was bound to torch's functions before the patch and is not in ``modules``;
+            ``missed``: ``module.name`` of what was bound to torch's functions before the patch and is not in ``modules``,
+            and, in modules that import torch, what their classes, tables, partial functions and defaults hold, by
+            ``module.Class.name``, ``module.table['key']``, ``module.name.func`` and ``module.function(parameter=)``;
             ``replaced``: names of ``torch.nn.functional`` in which something else stands since.
         """
         with _lock:
