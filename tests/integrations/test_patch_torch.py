@@ -517,4 +517,33 @@ assert F.cross_entropy in torch.overrides.get_overridable_functions()[F]
 
 def test_pickles_by_name() -> None:
     with gk.patch_torch():
-        assert pickle.loads(pickle.dumps(F.cross_entropy)) is F.cross_entropy
+        under = F.cross_entropy
+        assert pickle.loads(pickle.dumps(under)) is under
+        with pytest.raises(pickle.PicklingError):
+            pickle.dumps(TORCH_LOSSES["cross_entropy"])
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(under)
+
+
+def test_overrides_and_graphs_get_what_does_not_stand_in_torchs_place() -> None:
+    with gk.patch_torch():
+        assert F.mse_loss(X.as_subclass(Overriding), X) is TORCH_LOSSES["mse_loss"] is not F.mse_loss
+        (target,) = (n.target for n in torch.fx.symbolic_trace(torch.nn.MSELoss()).graph.nodes if n.op == "call_function")
+        assert target is TORCH_LOSSES["mse_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cross_entropy", (X, Y + 3)),
+        ("nll_loss", (X, Y + 3)),
+        ("binary_cross_entropy", (X, X)),
+        ("gaussian_nll_loss", (X, X, X)),
+    ],
+)
+def test_values_that_are_refused_raise_torchs_type(name: str, arguments: tuple[Tensor, ...]) -> None:
+    with pytest.raises(Exception) as torchs:  # noqa: PT011 - whichever it is
+        TORCH_LOSSES[name](*arguments)
+    with gk.patch_torch() as patch, pytest.raises(torchs.type):
+        getattr(F, name)(*arguments)
+    assert ours(patch, name) == 1
