@@ -168,6 +168,53 @@ def test_names_bound_earlier_are_reported(bound_earlier: ModuleType) -> None:
     assert "bound_earlier.criterion" in str(patch)
 
 
+HOLDERS = """
+import torch
+from functools import partial
+from torch.nn.functional import cross_entropy
+class Metaclass(type):
+    def __getattribute__(self, name):
+        raise AssertionError(f"{name} was asked for")
+class Kit(metaclass=Metaclass):
+    loss = staticmethod(cross_entropy)
+    table = {"ce": cross_entropy}
+    def step(self, x, criterion=cross_entropy):
+        return criterion
+def step(x, y=0, criterion=cross_entropy, *, other=cross_entropy):
+    return criterion
+losses, pair, mean = {"ce": cross_entropy, None: cross_entropy}, (0, cross_entropy), partial(cross_entropy, reduction="mean")
+class Unequal:
+    __hash__ = None
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+    @property
+    def __class__(self):
+        raise AssertionError("its class was asked for")
+unequal = Unequal()
+del cross_entropy
+"""
+
+
+def test_what_holds_torchs_functions_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of its code runs."""
+    module = _module("holders")
+    monkeypatch.setitem(sys.modules, "holders", module)
+    exec(HOLDERS, vars(module))
+    with gk.patch_torch() as patch:
+        missed = [name.removeprefix("holders.") for name in patch.report()["missed"] if name.startswith("holders.")]
+    assert missed == [
+        "Kit.loss",
+        "Kit.step(criterion=)",
+        "Kit.table['ce']",
+        "losses['ce']",
+        "losses[...]",
+        "mean.func",
+        "pair[1]",
+        "step(criterion=)",
+        "step(other=)",
+    ]
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_names_bound_earlier_are_patched_in_modules(by_name: bool, bound_earlier: ModuleType) -> None:
     with gk.patch_torch(modules=["bound_earlier" if by_name else bound_earlier]) as patch:
@@ -470,4 +517,33 @@ assert F.cross_entropy in torch.overrides.get_overridable_functions()[F]
 
 def test_pickles_by_name() -> None:
     with gk.patch_torch():
-        assert pickle.loads(pickle.dumps(F.cross_entropy)) is F.cross_entropy
+        under = F.cross_entropy
+        assert pickle.loads(pickle.dumps(under)) is under
+        with pytest.raises(pickle.PicklingError):
+            pickle.dumps(TORCH_LOSSES["cross_entropy"])
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(under)
+
+
+def test_overrides_and_graphs_get_what_does_not_stand_in_torchs_place() -> None:
+    with gk.patch_torch():
+        assert F.mse_loss(X.as_subclass(Overriding), X) is TORCH_LOSSES["mse_loss"] is not F.mse_loss
+        (target,) = (n.target for n in torch.fx.symbolic_trace(torch.nn.MSELoss()).graph.nodes if n.op == "call_function")
+        assert target is TORCH_LOSSES["mse_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cross_entropy", (X, Y + 3)),
+        ("nll_loss", (X, Y + 3)),
+        ("binary_cross_entropy", (X, X)),
+        ("gaussian_nll_loss", (X, X, X)),
+    ],
+)
+def test_values_that_are_refused_raise_torchs_type(name: str, arguments: tuple[Tensor, ...]) -> None:
+    with pytest.raises(Exception) as torchs:  # noqa: PT011 - whichever it is
+        TORCH_LOSSES[name](*arguments)
+    with gk.patch_torch() as patch, pytest.raises(torchs.type):
+        getattr(F, name)(*arguments)
+    assert ours(patch, name) == 1

@@ -18,7 +18,7 @@ _KEY_FIELDS = ("file", "function", "operator", "original", "mutated")
 @dataclass(frozen=True)
 class Result:
     mutant: Mutant
-    status: str  # killed, timeout, survived or equivalent
+    status: str  # killed, timeout, survived, equivalent, or error: nothing was learned
     seconds: float
     detail: str
 
@@ -60,7 +60,7 @@ def diff(mutant: Mutant) -> str:
 
 
 def score(results: list[Result]) -> float | None:
-    """Killed over all but the equivalent ones; None where that leaves nothing."""
+    """Killed over all but the equivalent ones and errors; None where that leaves nothing."""
     return _score(Counter(result.status for result in results))
 
 
@@ -75,6 +75,8 @@ def summary(results: list[Result], equivalents: Equivalents) -> str:
         if result.status == "survived":
             entry = json.dumps({**result.mutant.key, "why": ""}, ensure_ascii=False)
             lines += ["", f"SURVIVED {result.mutant.id}", diff(result.mutant), f"key: {entry}"]
+        elif result.status == "error":
+            lines += ["", f"ERROR {result.detail}: {result.mutant.id}"]
         elif result.status != "equivalent" and equivalents.why(result.mutant) is not None:
             lines += ["", f"NOT EQUIVALENT, {result.detail or result.status} tells: {result.mutant.id}"]
     lines += ["", *_table(results), ""]
@@ -82,7 +84,7 @@ def summary(results: list[Result], equivalents: Equivalents) -> str:
     value = score(results)
     lines.append(
         f"killed {counts['killed'] + counts['timeout']} (of them {counts['timeout']} by timeout), "
-        f"survived {counts['survived']}, equivalent {counts['equivalent']}; "
+        f"survived {counts['survived']}, equivalent {counts['equivalent']}, errors {counts['error']}; "
         f"score {'none' if value is None else format(value, '.3f')}"
     )
     return "\n".join(lines)
@@ -97,14 +99,14 @@ def _table(results: list[Result]) -> list[str]:
         for result in results:
             groups.setdefault(name(result), []).append(result)
         for group, members in sorted(groups.items()):
-            counted = [member for member in members if member.status != "equivalent"]
+            counted = [member for member in members if member.status not in ("equivalent", "error")]
             killed = sum(1 for member in counted if member.status != "survived")
             rows.append(f"{killed:6} {len(counted):3}  {group}")
     return rows
 
 
 class Earlier:
-    """An earlier run, by the document that it wrote, whose survivors are run again."""
+    """An earlier run, by the document that it wrote, whose survivors and errors are run again."""
 
     def __init__(self, path: Path) -> None:
         self._document = json.loads(path.read_text(encoding="utf-8"))
@@ -117,7 +119,7 @@ class Earlier:
             if entry["status"] == "survived" and (why := equivalents.of(entry["key"])) is not None:
                 entry |= {"status": "equivalent", "why": why}
         by_key = {_key(mutant): mutant for mutant in reversed(mutants)}
-        survived = [entry for entry in self._document["mutants"] if entry["status"] == "survived"]
+        survived = [entry for entry in self._document["mutants"] if entry["status"] in ("survived", "error")]
         found = [by_key.get(tuple(entry["key"][field] for field in _KEY_FIELDS)) for entry in survived]
         for entry, mutant in zip(survived, found, strict=True):
             if mutant is None:
@@ -125,11 +127,13 @@ class Earlier:
         return [mutant for mutant in found if mutant is not None]
 
     def with_(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The earlier document with what is known of its survivors now."""
+        """The earlier document with what is known of its survivors now, and a line on each such pass."""
         now = {tuple(entry["key"].values()): entry for entry in document["mutants"]}
         mutants = [now.get(tuple(entry["key"].values()), entry) for entry in self._document["mutants"]]
         counts = Counter(entry["status"] for entry in mutants)
-        return {**self._document, "score": _score(counts), "counts": dict(counts), "mutants": mutants}
+        passes = [*self._document.get("later_passes", []), {"rerun": len(now), "counts": document["counts"]}]
+        found = {"score": _score(counts), "later_passes": passes, "counts": dict(counts), "mutants": mutants}
+        return {**self._document, **found}
 
 
 def document(

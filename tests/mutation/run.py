@@ -5,7 +5,10 @@
 Each mutant runs in a copy of the repository, against the suite that can notice it: the kernels under Triton's
 interpreter, the eager path, or one after the other. If TRITON_INTERPRET is set, all tests run once as it says.
 PYTEST_ADDOPTS reaches the tests, for example to leave slow ones out. Exit status: 0 the score reaches the minimum,
-1 it does not, 2 nothing could be measured, 130 interrupted.
+1 it does not, 2 nothing could be measured, or of some mutants not, 130 interrupted.
+
+A mutant is killed by a test that fails, by an import that does, by a crash of its process, or by its time running out,
+which the results call ``timeout``. A run that ends otherwise, as by SIGKILL, is repeated once and is an error then.
 
 A survivor that no test can tell from the original goes into equivalents.json: the ``key`` line of the report, with
 its ``why`` filled in. Such mutants still run, and one that gets killed is reported.
@@ -96,13 +99,14 @@ def _parse(arguments: list[str] | None, families: dict[str, Family]) -> argparse
         help="of a shared module's families, one mutant meets the quickest, whose tests take no longer than this in each "
         "mode; the others could only kill more (default: all)",
     )
-    parser.add_argument("--minimum", type=float, default=0.85, help="lowest score that passes (default 0.85)")
+    parser.add_argument("--minimum", type=float, default=0.9, help="lowest score that passes (default 0.9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument(
         "--again",
         type=Path,
         metavar="FILE",
-        help="only the survivors of an earlier run, by its JSON: what becomes of them replaces what it says of them",
+        help="only the survivors and errors of an earlier run, by its JSON: what becomes of them replaces what it says of "
+        "them, and later_passes says how many there were",
     )
     parser.add_argument("--list", action="store_true", help="list every mutant, run none")
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="run just this mutant, repeatable")
@@ -172,7 +176,10 @@ def _measure(
             ordered = _within(options.budget, sorted(of_mode, key=lambda p: (p[0] != CORE, baseline[p])), baseline)
             tests = [test for suite, _ in ordered for test in families[suite].tests]
             timeout = options.timeout or max(120.0, 4 * sum(baseline[pair] for pair in ordered))
-            outcomes.append(runner.run(tests, timeout, (mutant.source.path, mutant.mutated), mode))
+            for _ in range(2):
+                outcomes.append(runner.run(tests, timeout, (mutant.source.path, mutant.mutated), mode))
+                if outcomes[-1].status != "error":
+                    break
             if outcomes[-1].status != "survived":
                 break
         outcome, seconds = outcomes[-1], sum(outcome.seconds for outcome in outcomes)
@@ -202,6 +209,8 @@ def _measure(
     print(report.summary(results, equivalents))
     if interrupted:
         return 130
+    if any(result.status == "error" for result in results):
+        raise HarnessError("some mutants could not be measured: see --again")
     score = report.score(results)
     if score is None:
         raise HarnessError("every mutant drawn is equivalent")

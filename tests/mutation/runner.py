@@ -20,6 +20,10 @@ from .targets import PACKAGE
 _NOT_COPIED = {"__pycache__", "build", "dist", "node_modules", "venv"}
 _NO_TESTS_COLLECTED = 5
 _MODES: dict[str, dict[str, str]] = {"kernels": {"TRITON_INTERPRET": "1"}, "eager": {"TRITON_INTERPRET": "0"}, "as is": {}}
+# What a mutant can do to its own process; any other signal comes from outside, as SIGKILL from a system out of memory.
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+# Exit statuses of pytest where code of the repository raised, and what it prints then: others are not about mutants.
+_RAISED = {1: "", 2: "during collection", 4: "while loading conftest"}
 _FAILED_TEST = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
@@ -41,9 +45,13 @@ class TestRun:
 
     @property
     def status(self) -> str:
+        """``error`` where the run says nothing about the mutant."""
         if self.returncode is None:
             return "timeout"
-        return "survived" if self.returncode in (0, _NO_TESTS_COLLECTED) else "killed"
+        if self.returncode in (0, _NO_TESTS_COLLECTED):
+            return "survived"
+        raised = self.returncode in _RAISED and _RAISED[self.returncode] in self.output
+        return "killed" if raised or -self.returncode in _CRASHES else "error"
 
     @property
     def collected(self) -> bool:

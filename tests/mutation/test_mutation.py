@@ -307,6 +307,8 @@ def test_survivors_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [mutant["status"] for mutant in now["mutants"]] == ["killed", "killed"]
     assert now["mutants"][0] == before["mutants"][0]
     assert (before["score"], now["score"]) == (0.5, 1.0)
+    assert now["later_passes"] == [{"rerun": 1, "counts": {"killed": 1}}]
+    assert "later_passes" not in before
 
 
 def test_endless_loop_is_killed(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,6 +352,48 @@ def test_runs_as_a_file() -> None:
     assert "--minimum" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("returncode", "output", "status"),
+    [
+        (0, "", "survived"),
+        (5, "", "survived"),
+        (None, "", "timeout"),
+        (1, "FAILED tests/test_a.py::test", "killed"),
+        (2, "!!! Interrupted: 1 error during collection !!!", "killed"),
+        (2, "!!! KeyboardInterrupt !!!", "error"),
+        (3, "INTERNALERROR> OSError", "error"),
+        (4, "ImportError while loading conftest 'tests/conftest.py'.", "killed"),
+        (4, "ERROR: unrecognized arguments: -n", "error"),
+        (-9, "", "error"),
+        (-15, "", "error"),
+    ],
+)
+def test_status(returncode: int | None, output: str, status: str) -> None:
+    assert TestRun(1.0, returncode, output).status == status
+
+
 def test_crash_is_killed() -> None:
     crashed = TestRun(1.0, -11, "")
     assert (crashed.status, crashed.detail) == ("killed", "SIGSEGV")
+
+
+def test_errors_are_repeated_and_fail_the_run(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are neither killed nor survivors, and run again with these."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    op, out = "genloss_kernels/losses/a/op.py", toy / "out.json"
+    killing = f"import os, signal\nif 'n >= 1' in open({op!r}).read():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    test = toy / "tests/losses/test_a.py"
+    kept = test.read_text()
+    test.write_text(killing + kept)
+    arguments = ["--only", f"{op}:5:13:comparison:gt-to-ge", "--json", str(out)]
+    assert main(arguments, toy, find_families(toy), toy / "none.json") == 2
+    before = json.loads(out.read_text())
+    assert before["counts"] == {"error": 1}
+    assert before["score"] is None
+    assert "ERROR SIGKILL" in capsys.readouterr().out
+    test.write_text(kept)
+    assert main(["--again", str(out), "--json", str(out)], toy, find_families(toy), toy / "none.json") == 0
+    now = json.loads(out.read_text())
+    assert (now["counts"], now["later_passes"]) == ({"killed": 1}, [{"rerun": 1, "counts": {"killed": 1}}])

@@ -17,7 +17,7 @@ from genloss_kernels.core.backend import INTERPRETED
 
 from . import blocks
 from .judging import Loss, Recipe, empty, judge
-from .tally import EXAMPLES, FAILED, INVARIANT, NARROW, WIDE, Tally
+from .tally import EXAMPLES, FAILED, INVARIANT, NARROW, WHOLE, WIDE, Tally
 
 # Few where nobody asks for more, so that a suite of tests stays quick, and then the same ones each time.
 _FEW = 4 if INTERPRETED else 24
@@ -81,7 +81,10 @@ def hold(path: str, device: torch.device, tally: Tally) -> Callable[..., None]:
     """Hold a loss, or a variant of it, against float64 on drawn arguments, wider than a block or not."""
 
     def run(name: str, loss: Loss, *, wide: bool, variant: Callable[..., Any] | None = None) -> None:
-        kind = INVARIANT if variant is not None else WIDE if wide else NARROW
+        blocked = loss.blocks or path == "triton"
+        kind = INVARIANT if variant is not None else WIDE if wide and blocked else NARROW
+        if not blocked:
+            tally.held[name, path, WHOLE] += 1
         examples = max(1, PROFILE.max_examples // (4 if kind == INVARIANT else 2))
         with _counted(tally, name, path, kind, examples) as held:
 
@@ -90,7 +93,7 @@ def hold(path: str, device: torch.device, tally: Tally) -> Callable[..., None]:
             def holds(recipe: Recipe, shares: int, built_ins: bool) -> None:
                 with _route(path, wide, shares, built_ins), blocks.watched() as walks:
                     judge(loss, recipe, device, variant)
-                if kind == WIDE and (loss.blocks or path == "triton"):
+                if kind == WIDE:
                     assume(max(walks, default=0) > 1)
                 held()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 # and the file to which a run appends its figures.
 EXAMPLES, TALLY = "GENLOSS_EXAMPLES", "GENLOSS_TALLY"
 
-# Kinds of examples, and tests that failed.
+# Kinds of examples, and tests that failed; and losses that this path takes whole, so that none is wider than a block.
 NARROW, WIDE, INVARIANT, FAILED = "within a block", "wider than a block", "invariant", "failed"
+WHOLE = "in no blocks"
 
 
 class Tally:

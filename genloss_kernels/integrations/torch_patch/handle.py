@@ -26,8 +26,9 @@ def patch_torch(modules: Iterable[ModuleType | str] | None = None) -> TorchPatch
     which look those functions up when they are called. A call runs ours where that is known to give torch's numbers, dtype
     and shape on finite inputs, and torch's own code everywhere else: sparse, nested, quantised, complex and integer tensors,
     subclasses such as DTensor, transforms of ``torch.func``, forward mode, ``torch.jit`` and ``torch.export``, modes that
-    intercept torch's functions or operators, deprecated arguments, gradients for weights, and whatever is an error. Which
-    it is follows from the arguments, before anything runs; :meth:`TorchPatch.report` counts both and says why.
+    intercept torch's functions or operators, deprecated arguments, gradients for weights, and shapes, dtypes and options
+    that torch refuses. Which it is follows from the arguments, before anything runs; :meth:`TorchPatch.report` counts both
+    and says why.
 
     Patches nest, in any order and over threads, and the last one to be reverted puts back the very objects that were found.
     What another library has put over a patched name since stays there; if it wraps ours, that passes its calls to torch.
@@ -49,7 +50,9 @@ def patch_torch(modules: Iterable[ModuleType | str] | None = None) -> TorchPatch
 
     Differs from torch:
         On inputs that are not finite, as the functions' documentation says. A class index out of range on a GPU gives its
-        row NaN in place of an assertion on the device.
+        row NaN in place of an assertion on the device; on a CPU it, as any other value that is refused, raises torch's type
+        of error with a message that may say more. Overrides, modes and graphs of ``torch.fx`` get torch's functions, which
+        are not what ``torch.nn.functional`` holds under the patch: code that compares the two then finds them different.
 
     Example:
         >>> import torch, genloss_kernels as gk
@@ -141,7 +144,9 @@ class TorchPatch:
 
         Returns:
             ``calls``: for each function that was called, by how many calls ran ours, and how many torch's by reason;
-            ``missed``: ``module.name`` of what was bound to torch's functions before the patch and is not in ``modules``;
+            ``missed``: ``module.name`` of what was bound to torch's functions before the patch and is not in ``modules``,
+            and, in modules that import torch, what their classes, tables, partial functions and defaults hold, by
+            ``module.Class.name``, ``module.table['key']``, ``module.name.func`` and ``module.function(parameter=)``;
             ``replaced``: names of ``torch.nn.functional`` in which something else stands since.
         """
         with _lock:

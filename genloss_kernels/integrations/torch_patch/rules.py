@@ -1,6 +1,7 @@
 """One rule for each of torch's losses, of its name and signature: why torch's own code takes the call, or None for ours.
 
-Ours gets what is known to give torch's numbers and dtype. All else is torch's, bad arguments too: its errors stay its own.
+Ours gets what is known to give torch's numbers and dtype. All else is torch's, shapes, dtypes and options that it refuses
+too. Values that it refuses, as a class index out of range, ours refuses by errors of torch's types.
 """
 
 from __future__ import annotations
