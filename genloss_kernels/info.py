@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from typing import Any
@@ -92,45 +93,90 @@ def path(loss: str) -> str:
             return "Triton kernels at every size, interpreted"
         missing = "TRITON_INTERPRET=1" if backend.triton_installed() else "the package triton"
         return f"none: backend 'triton' needs {missing}"
+    *small, rest = _CPU[loss]
     if device.type != "cpu":
-        return _BLOCKS
-    constants = vars(sys.modules[getattr(functional, loss).__module__]) | {"WIDE_BELOW": widening.WIDE_BELOW}
-    return ", ".join([*(text.format(**constants) for text in _SMALL[loss]), f"else {_BLOCKS}"])
+        return rest
+    constants = vars(sys.modules[getattr(functional, loss).__module__])
+    few = {name: _below(value) for name, value in constants.items() if name.endswith("BELOW")}
+    made = {name: _below(value) for name, value in constants.get("MADE_FROM", {}).items()}
+    values = constants | {"few": few, "made": made, "WIDE_BELOW": widening.WIDE_BELOW}
+    return "; ".join([*(text.format(**values) for text in small), f"else {rest}"])
 
 
-_BLOCKS = "PyTorch operators block by block"
-_HALF = "of half precision below {WIDE_BELOW}"
-_BUILTIN = f"torch's built-in below {{BUILTIN_BELOW}} elements, {_HALF}"
-_PLAIN = "operators with autograd below {PLAIN_BELOW} elements"
-_NORMS = "norms with autograd below {NORMS_BELOW} elements"
-_REGRESSION = f"torch's built-in without a weight, {_HALF} elements"
-_MADE = f"torch's built-in without a weight below {{MADE_FROM[%s]}} elements, {_HALF}"
+def _below(limit: float) -> str:
+    """The sizes of which ``widening.few`` holds."""
+    text = "at every size" if limit == math.inf else f"below {limit} elements"
+    return text if limit <= widening.WIDE_BELOW else f"{text}, in half precision below {widening.WIDE_BELOW}"
 
-# What a CPU runs where elements are few, by the constants beside each public function: calling a function of ours costs some
-# tens of microseconds, and a block pays for it once it no longer fits into the cache.
-_SMALL = {
-    "cross_entropy": (_BUILTIN, "or else of {BUILTIN_CLASSES} classes"),
-    "nll_loss": (f"torch's built-in, {_HALF} elements",),
-    "linear_cross_entropy": ("cross entropy of the whole logits below {LOGITS_BELOW} of them",),
-    "binary_cross_entropy": (_BUILTIN.replace("BUILTIN", "PROBABILITIES_BUILTIN"),),
-    "binary_cross_entropy_with_logits": (_BUILTIN,),
-    "gaussian_kl": (_PLAIN,),
-    "gaussian_nll_loss": (_PLAIN,),
-    "kl_div": (_BUILTIN, "of log-probabilities at every size but of half precision"),
-    "kl_div_with_logits": (_PLAIN,),
-    "js_div_with_logits": (_PLAIN,),
-    "categorical_entropy": (_PLAIN,),
-    "cosine_embedding_loss": (_BUILTIN,),
-    "mse_loss": (_MADE % "mse_loss", _PLAIN + " with a weight"),
-    "l1_loss": (_MADE % "l1_loss", _PLAIN + " with a weight"),
-    "smooth_l1_loss": (_REGRESSION, _PLAIN + " with a weight"),
-    "huber_loss": (_REGRESSION, _PLAIN + " with a weight"),
-    "vae_loss": (f"torch's built-in and operators with autograd below {{PARTS_BELOW}} elements in float32, {_HALF}",),
-    "gan_discriminator_loss": (_PLAIN,),
-    "gan_generator_loss": (_PLAIN,),
-    "gradient_penalty": (_NORMS,),
-    "r1_penalty": (_NORMS,),
-    "contrastive_divergence_loss": (_PLAIN,),
+
+_FEW = "(few calls cost less)"
+_ONCE = "(it reads each operand once)"
+_BLOCKS = "PyTorch operators block by block (a block stays in the cache)"
+_SAMPLES = "PyTorch operators on all samples (the gradient is a product with one number a sample)"
+_BUILTIN = f"torch's built-in {{few[BUILTIN_BELOW]}} {_FEW}"
+_PLAIN = f"operators with autograd below {{PLAIN_BELOW}} elements {_FEW}"
+_LINEAR = "if linear, operators with autograd at every size (its gradient is a constant)"
+_WEIGHTED = f"with a weight, operators with autograd below {{PLAIN_BELOW}} elements {_FEW}"
+_MADE = (
+    f"without a weight, torch's built-in {{made[%s]}} {_FEW}",
+    f"with reduction 'none' the same at every size in fp32 and fp64 {_ONCE}",
+    _WEIGHTED,
+    "PyTorch operators block by block (the gradient is made while a block is in the cache)",
+)
+_REGRESSION = (
+    f"without a weight, torch's built-in at every size, in half precision below {{WIDE_BELOW}} elements {_ONCE}",
+    _WEIGHTED,
+    _BLOCKS,
+)
+
+# What a CPU runs by sizes, which the constants beside each public function set, and why; the last is all the rest.
+_CPU = {
+    "cross_entropy": (
+        f"with torch's options alone, the built-in {{few[BUILTIN_BELOW]}} {_FEW}",
+        "in fp32 and fp64 the same at every size for fewer than {BUILTIN_CLASSES} classes or for some not contiguous "
+        "(gathering rows costs more than it saves)",
+        _BLOCKS,
+    ),
+    "nll_loss": (
+        "torch's built-in in fp32 and fp64, and in half precision below {WIDE_BELOW} elements or without class weights (it "
+        "gathers one element a row)",
+        "PyTorch operators on what the built-in gathers (they weight and sum in fp32)",
+    ),
+    "linear_cross_entropy": (
+        f"cross entropy of the whole logits below {{LOGITS_BELOW}} of them {_FEW}",
+        "PyTorch operators on chunks of rows (whose logits are never there all at once)",
+    ),
+    "binary_cross_entropy": (f"torch's built-in {{few[PROBABILITIES_BUILTIN_BELOW]}} {_FEW}", _BLOCKS),
+    "binary_cross_entropy_with_logits": (_BUILTIN, _BLOCKS),
+    "gaussian_kl": (_PLAIN, _BLOCKS),
+    "gaussian_nll_loss": (_PLAIN, _BLOCKS),
+    "kl_div": (
+        _BUILTIN,
+        "with log_target, the built-in {few[LOGARITHMS_BUILTIN_BELOW]} (it keeps the exponentials for its backward)",
+        _BLOCKS,
+    ),
+    "kl_div_with_logits": (_PLAIN, _BLOCKS),
+    "js_div_with_logits": (_PLAIN, _BLOCKS),
+    "categorical_entropy": (_PLAIN, _BLOCKS),
+    "cosine_embedding_loss": (
+        "of contiguous inputs, torch's built-in below {BUILTIN_BELOW} elements, a quarter of that if both are learned, in "
+        f"half precision below {{WIDE_BELOW}} {_FEW}",
+        _BLOCKS,
+    ),
+    "mse_loss": tuple(text.replace("%s", "mse_loss") for text in _MADE),
+    "l1_loss": tuple(text.replace("%s", "l1_loss") for text in _MADE),
+    "smooth_l1_loss": _REGRESSION,
+    "huber_loss": _REGRESSION,
+    "vae_loss": (
+        "reduced, without free bits, without capacity and not in fp64, torch's built-in and operators with autograd "
+        f"{{few[PARTS_BELOW]}} {_FEW}",
+        _BLOCKS,
+    ),
+    "gan_discriminator_loss": (_PLAIN, _LINEAR, _BLOCKS),
+    "gan_generator_loss": (_PLAIN, _LINEAR, _BLOCKS),
+    "gradient_penalty": (f"norms with autograd below {{NORMS_BELOW}} elements {_FEW}", _SAMPLES),
+    "r1_penalty": (f"norms with autograd below {{NORMS_BELOW}} elements {_FEW}", _SAMPLES),
+    "contrastive_divergence_loss": (_PLAIN, _BLOCKS),
 }
 
 

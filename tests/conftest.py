@@ -33,7 +33,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--conformance-counts")
     if file is not None:
         before = counts.read(file.read_text(encoding="utf-8")) if file.exists() else {}
-        file.write_text(counts.table(before | counts.SEEN), encoding="utf-8")
+        found = counts.merged(before, counts.SEEN, kernels=INTERPRETED or HAS_GPU, eager=not INTERPRETED)
+        file.write_text(counts.table(found), encoding="utf-8")
     file = session.config.getoption("--bad-input-table")
     if file is not None:
         before = refusals.read(file.read_text(encoding="utf-8")) if file.exists() else set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,9 +111,81 @@ def test_info_reads_sizes_from_the_losses(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys.modules[functional.cross_entropy.__module__], "BUILTIN_BELOW", 4321)
     assert "below 4321 elements" in info.path("cross_entropy")
     for loss in info.losses():
-        assert info.path(loss).endswith("else PyTorch operators block by block")
+        assert re.search(r"; else PyTorch operators .*\(.*\)$", info.path(loss)), "no rest, or no reason for it"
     with gk.backend("triton"):
         assert ("interpreted" if INTERPRETED else "none: backend 'triton' needs") in info.path("cross_entropy")
+
+
+def _pair(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    x = torch.rand(shape).clamp(0.1, 0.9).to(dtype)
+    return {"input": x.clone().requires_grad_(), "target": x.flip(0), **options}
+
+
+def _classes(n_rows: int, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    x = torch.zeros(n_rows, 2**10, dtype=dtype)
+    return {"input": x.requires_grad_(), "target": torch.arange(n_rows) % 2**10, **options}
+
+
+def _cosines(learned: int, n_cols: int, dtype: torch.dtype = torch.float32, transposed: bool = False) -> dict[str, Any]:
+    pair = [torch.rand(64, n_cols, dtype=dtype) for _ in range(2)]
+    pair = [x.t().contiguous().t() if transposed else x for x in pair]
+    inputs = {f"input{k + 1}": x.requires_grad_(k < learned) for k, x in enumerate(pair)}
+    return {**inputs, "target": torch.ones(64)}
+
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+MSE, MANY = "MseLossBackward0", (2**10, 2**11)
+WEIGHTS = torch.ones(2**10)
+
+# A call, what info says of it, and whether it finds the node that only torch's built-in leaves.
+CLAIMS: list[tuple[str, Callable[[], dict[str, Any]], str, str, bool]] = [
+    ("nll_loss", lambda: _classes(256, F32), "torch's built-in in fp32 and fp64", "NllLossBackward0", True),
+    ("nll_loss", lambda: _classes(256, F64, weight=WEIGHTS.double()), "in fp32 and fp64", "NllLossBackward0", True),
+    ("nll_loss", lambda: _classes(256, BF16), "or without class weights", "NllLossBackward0", True),
+    ("nll_loss", lambda: _classes(64, BF16, weight=WEIGHTS.bfloat16()), "below 131072", "NllLossBackward0", True),
+    ("nll_loss", lambda: _classes(128, BF16, weight=WEIGHTS.bfloat16()), "else PyTorch", "WhereBackward0", True),
+    ("mse_loss", lambda: _pair(MANY, F32, reduction="none"), "with reduction 'none' the same", MSE, True),
+    ("mse_loss", lambda: _pair(MANY, F32), "below 1048576 elements, in half", MSE, False),
+    ("mse_loss", lambda: _pair((2**19,), F32), "below 1048576 elements, in half", MSE, True),
+    ("mse_loss", lambda: _pair(MANY, BF16, reduction="none"), "at every size in fp32 and fp64", MSE, False),
+    ("mse_loss", lambda: _pair((2**17,), BF16), "in half precision below 131072", MSE, False),
+    ("l1_loss", lambda: _pair(MANY, F32, reduction="none"), "with reduction 'none' the same", "AbsBackward0", True),
+    ("l1_loss", lambda: _pair((2**17,), F32), "below 131072 elements (few", "AbsBackward0", False),
+    ("l1_loss", lambda: _pair((2**16,), F32), "below 131072 elements (few", "AbsBackward0", True),
+    ("smooth_l1_loss", lambda: _pair(MANY, F32), "at every size, in half", "SmoothL1LossBackward0", True),
+    ("huber_loss", lambda: _pair((2**17,), BF16), "in half precision below 131072", "HuberLossBackward0", False),
+    ("kl_div", lambda: _pair(MANY, F32, reduction="sum", log_target=True), "at every size", "SubBackward0", True),
+    ("kl_div", lambda: _pair(MANY, BF16, reduction="sum", log_target=True), "at every size, in half", "SubBackward0", False),
+    ("kl_div", lambda: _pair((2**17,), F32, reduction="sum"), "below 131072 elements (few", "SubBackward0", False),
+    ("kl_div", lambda: _pair((2**16,), F32, reduction="sum"), "below 131072 elements (few", "SubBackward0", True),
+    ("cosine_embedding_loss", lambda: _cosines(1, 2**12), "below 524288 elements", "ClampMinBackward0", True),
+    ("cosine_embedding_loss", lambda: _cosines(1, 2**13), "below 524288 elements", "ClampMinBackward0", False),
+    ("cosine_embedding_loss", lambda: _cosines(2, 2**12), "a quarter of that", "ClampMinBackward0", False),
+    ("cosine_embedding_loss", lambda: _cosines(2, 2**10), "a quarter of that", "ClampMinBackward0", True),
+    ("cosine_embedding_loss", lambda: _cosines(1, 8, transposed=True), "of contiguous inputs", "ClampMinBackward0", False),
+    ("cosine_embedding_loss", lambda: _cosines(1, 2**11, BF16), "precision below 131072", "ClampMinBackward0", False),
+]  # fmt: skip
+
+
+def _nodes(root: Any) -> set[str]:
+    names, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [below for below, _ in node.next_functions if below is not None]
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@pytest.mark.parametrize(("loss", "make", "claim", "node", "found"), CLAIMS, ids=lambda v: v if isinstance(v, str) else "")
+def test_info_says_what_runs(
+    loss: str, make: Callable[[], dict[str, Any]], claim: str, node: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info, "default_device", lambda: torch.device("cpu"))
+    with gk.backend("eager"):
+        assert claim in info.path(loss)
+        nodes = _nodes(getattr(gk, loss)(**make()).grad_fn)
+    assert (node in nodes) == found, nodes
 
 
 def test_doctor_passes(one_case: Case, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import genloss_kernels as gk
 
-from .counts import counted, left_out
+from .counts import counted, not_applicable
 from .examples import every_route, route
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
@@ -50,7 +50,7 @@ DOCUMENTED = [name for name in _names() if _source(name)]
 
 def test_which_have_examples() -> None:
     for name in {*_names()} - {*DOCUMENTED}:
-        left_out(name, "documented examples", "eager", 1, "torch documents none")
+        not_applicable(name, "documented examples", "eager", 1, "torch documents none")
     assert {*gk.nn.__all__} & {*dir(torch.nn)} <= {*DOCUMENTED}
     assert {"binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "nll_loss"} <= {*DOCUMENTED}
 

@@ -66,7 +66,7 @@ def test_module_inputs(name: str, path: str, device: torch.device) -> None:
     inputs = _inputs(name, device)
     assert len(inputs) == count
     chosen = inputs[:: 1 if path == "eager" else step]
-    left_out(name, "module_db", path, count - len(chosen), "interpreted kernels take a spread of them, for time")
+    left_out(name, "module_db", path, count - len(chosen))
     for number, sample in enumerate(chosen):
         label = f"input {number}: {sample.constructor_input.args} {sample.constructor_input.kwargs}"
         with counted(name, "module_db", path):
