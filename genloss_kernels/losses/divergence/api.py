@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -192,10 +191,10 @@ def _divergence(input: Tensor, target: Tensor | None, options: Options, reductio
         divisor = input.size(0)
     options = options._replace(kind=int(options.kind), divisor=None if reduction == "none" else divisor)
     small = not triton and _plain_is_best(input)
-    if small and options.kind != Kind.JS and backend.plain(input, target):
-        loss = reference.reduce(reference.plain(input, target, options), options)
-        if math.isfinite(loss.detach() if loss.dim() == 0 else loss.detach().sum()):
-            return loss.to(dtype)
+    if small and input.numel() and backend.plain(input, target):
+        rows = reference.plain(input, target, options)
+        if rows is not None:
+            return reference.reduce(rows, options).to(dtype)
     if small or (not triton and backend.composite(input, target)):
         return reference.divergence(input, target, options).to(dtype)
     single = input.dim() == 1

@@ -243,7 +243,8 @@ def _mixture(a, b, row, weights):
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     log_p = (a - maximum_a) - log_a
     log_q = (b - maximum_b) - log_b
-    lead = log_q - log_p
+    # Relative to the maxima: of close distributions nothing large is subtracted.
+    lead = ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a)
     behind = lead > 0.0
     # A comparison, as there is no distance between two of -inf.
     difference = tl.where(tl.abs(lead) < _far(a.dtype), -tl.abs(lead), -_far(a.dtype))
@@ -493,7 +494,7 @@ def _divergence_forward_rows_kernel(
     values, value = _row(state, KIND)
     if KIND == JS:
         again = True
-    elif KIND == KL and tl.float32 == DTYPE:
+    elif KIND == KL:
         again = value < _CLOSE
     else:
         again = False
