@@ -256,6 +256,43 @@ def test_classes_without_mass_on_one_side(path: str, name: str, columns: int) ->
             torch.testing.assert_close(learning, q - p)
 
 
+def _masked(columns: int) -> tuple[Tensor, Tensor]:
+    """Rows with logits at the ends of fp32, and what they count as."""
+    rows, lowest = torch.randn(8, columns), torch.finfo(torch.float32).min
+    rows[1, -3:] = rows[2, :3] = rows[3, 1::2] = rows[5:8] = lowest
+    rows[4, 5], rows[7, columns // 2] = 1e32, 0.0
+    below = (rows - rows.amax(-1, keepdim=True)).double()
+    return rows, below.masked_fill(below < -1e30, -INF)
+
+
+@pytest.mark.parametrize("columns", [10, 300, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["forward", "reverse"])
+def test_known_failure_masks_of_the_lowest_number(
+    path: str, name: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A logit far below its row's maximum counts as -inf, and a row that is low throughout is like any other."""
+    if columns == 10:
+        monkeypatch.setattr(api, "PLAIN_BELOW", 2**13)
+    if columns == 300:
+        request.getfixturevalue("small_tiles")
+    student, counted_student = _masked(columns)
+    teacher, counted_teacher = _masked(columns)
+    # Masks that meet masks, and others.
+    for shift in (0, 1, 3):
+        rows, grads = _values(name, student.to(dtype), teacher.to(dtype).roll(shift, 0))
+        counted = counted_student, counted_teacher.roll(shift, 0)
+        wanted = kl_div_with_logits_oracle(*counted, direction=name, reduction="none")
+        torch.testing.assert_close(rows.double(), wanted, rtol=1e-5, atol=1e-7)
+        (of_q, of_p), (q, p) = (pair if name == "forward" else pair[::-1] for pair in (grads, counted))
+        p, q = torch.softmax(p, -1), torch.softmax(q, -1)
+        torch.testing.assert_close(of_q.double(), q - p, rtol=1e-5, atol=1e-6)
+        finite = rows.isfinite()
+        wanted = torch.where(p > 0.0, p * (p.log() - q.log() - wanted.unsqueeze(-1)), 0.0)
+        torch.testing.assert_close(of_p[finite].double(), wanted[finite], rtol=1e-5, atol=1e-6)
+        assert not (of_p[~finite].isfinite() & (p[~finite] > 0.0)).any()
+
+
 @pytest.mark.parametrize("columns", [10, 300])
 def test_no_mass_where_the_probability_rounds_to_0(path: str, columns: int) -> None:
     student, teacher = torch.randn(2, columns), torch.randn(2, columns)
