@@ -457,6 +457,24 @@ def test_unknown_backend(name: Any) -> None:
     assert gk.cross_entropy(**good(CE)).isfinite()
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    x, latents = torch.randn(4, 5), torch.randn(4, 3)
+
+    def results(number: Callable[[float], Any]) -> Iterator[Tensor]:
+        yield gk.vae_loss(x, x.flip(1), latents, latents, beta=number(0.5), free_bits=number(0.25)).loss
+        yield gk.js_div_with_logits(x, x.flip(1), beta=number(0.25), temperature=number(2.0))
+        yield gk.cross_entropy(x, _labels(0, 1, 2, 3), label_smoothing=number(0.25), softcap=number(4.0))
+        yield gk.huber_loss(x, x.flip(1), delta=number(0.5))
+
+    for kind in (numpy.float16, numpy.float32, numpy.float64):
+        for found, wanted in zip(results(kind), results(float), strict=True):
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+    with pytest.raises(TypeError, match="delta must be a number, not bool"):
+        gk.huber_loss(x, x, delta=numpy.bool_(True))
+
+
 def test_refuses_float8() -> None:
     with pytest.raises(NotImplementedError, match=r"input must be .* got torch\.float8_e4m3fn: convert it with \.float\(\)"):
         gk.cross_entropy(_ones(4, 5).to(torch.float8_e4m3fn), _labels(0, 1, 2, 3))

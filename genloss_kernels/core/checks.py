@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -36,7 +37,9 @@ def one_of(name: str, value: Any, accepted: Collection[str]) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    # NumPy's scalars are registered; asked for last, since compilers trace the others.
+    if isinstance(value, bool) or not (known or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
 
 
