@@ -138,6 +138,24 @@ def test_penalties(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
             check(loss, flat, {"grad": grad}, ("grad",), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [2**20, 2**20 + 37, 100])
+def test_known_failure_digits_of_long_sums(dtype: torch.dtype, size: int) -> None:
+    """Sums in fp32 stood still as they grew, and near the target little else was left."""
+    grad = torch.full((3, size), 0.1, dtype=dtype)
+    grad[1] *= 2.0
+    grad.requires_grad_()
+    norm = grad.detach().double().norm(dim=1, keepdim=True)
+    with gk.backend("eager"):
+        squares = gk.r1_penalty(grad.float(), gamma=2.0, reduction="none")
+        target = norm[0].item() * (1.0 - 2.0**-10)
+        distances = gk.gradient_penalty(grad, target=target, reduction="none")
+        (slopes,) = torch.autograd.grad(distances.sum(), grad)
+    torch.testing.assert_close(squares, norm[:, 0].square().float())
+    torch.testing.assert_close(distances, (norm[:, 0] - target).square().to(dtype))
+    torch.testing.assert_close(slopes, (2.0 * (norm - target) / norm * grad.detach()).to(dtype))
+
+
 def test_channels_last_gradients(path: str) -> None:
     grad = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     for every in (grad, grad[..., ::2], grad.permute(3, 1, 2, 0)):
