@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import reads_values
+from .layout import broadcast_shape
 
 
 def tensor(name: str, value: Any) -> None:
@@ -87,6 +88,18 @@ def broadcastable(name: str, value: Tensor, shape: torch.Size) -> None:
     )
     if not fits:
         raise RuntimeError(f"{name} of shape {list(value.shape)} does not broadcast to the shape {list(shape)} of the input")
+
+
+def together(input: Tensor, target: Tensor) -> torch.Size:
+    """The shape to which both broadcast."""
+    if input.shape == target.shape:
+        return input.shape
+    try:
+        return broadcast_shape((input, target))
+    except RuntimeError:
+        raise RuntimeError(
+            f"input and target must broadcast together, got input {list(input.shape)}, target {list(target.shape)}"
+        ) from None
 
 
 def not_negative(name: str, value: Tensor) -> None:
