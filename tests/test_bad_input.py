@@ -27,9 +27,13 @@ CE, NLL = "cross_entropy", "nll_loss"
 BCE, KL = "binary_cross_entropy_with_logits", "gaussian_kl"
 DISTILL, JS, ENTROPY = "kl_div_with_logits", "js_div_with_logits", "categorical_entropy"
 DIVERGENCE, CHANCES, COSINE = "kl_div", "binary_cross_entropy", "cosine_embedding_loss"
-TABLED = (CE, NLL, BCE, CHANCES, KL, DIVERGENCE, COSINE, DISTILL, JS, ENTROPY)
+ERRORS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+TABLED = (CE, NLL, BCE, CHANCES, KL, DIVERGENCE, COSINE, DISTILL, JS, ENTROPY, *ERRORS)
 
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
+]
 
 BOTH = ("eager", "triton")
 
@@ -57,7 +61,7 @@ def good(loss: str) -> dict[str, Any]:
         return {"input": x, "target": torch.tensor([0, 1, -100, 4])}
     if loss == BCE:
         return {"input": x, "target": torch.linspace(0.0, 1.0, 20).view(4, 5)}
-    if loss in (DISTILL, JS):
+    if loss in (DISTILL, JS, *ERRORS):
         return {"input": x, "target": x.flip(1)}
     if loss == ENTROPY:
         return {"logits": x, "reduction": "mean"}
@@ -316,6 +320,12 @@ def _cosine() -> Iterator[Row]:
         yield Row(COSINE, {"reduction": value}, ValueError, "is not a valid value for reduction")
 
 
+def _together(loss: str) -> Iterator[Row]:
+    for shape in ((4,), (4, 3), (2, 4, 3)):
+        message = rf"input and target must broadcast together, got input \[4, 5\], target \{list(shape)}"
+        yield Row(loss, {"target": _ones(*shape)}, RuntimeError, message)
+
+
 def _kl_div() -> Iterator[Row]:
     for name in ("input", "target"):
         for value in ([1.0], 1.0, None):
@@ -324,9 +334,7 @@ def _kl_div() -> Iterator[Row]:
             # torch takes integers, and complex numbers too.
             message = f"{name} must be .* got {dtype}"
             yield Row(DIVERGENCE, {name: _ones(4, 5, dtype=dtype)}, NotImplementedError, message, torchs=False)
-    for shape in ((4,), (4, 3), (2, 4, 3)):
-        message = rf"must broadcast together, got input \[4, 5\], target \{list(shape)}"
-        yield Row(DIVERGENCE, {"target": _ones(*shape)}, RuntimeError, message)
+    yield from _together(DIVERGENCE)
     yield Row(DIVERGENCE, {"target": _ones(4, 5, device="meta")}, RuntimeError, "target must be on the input's device")
     for value in (1, "yes", None):
         yield Row(DIVERGENCE, {"log_target": value}, TypeError, "log_target must be bool, not", torchs=False)
@@ -335,7 +343,8 @@ def _kl_div() -> Iterator[Row]:
 
 
 ROWS = (
-    *_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div(), *_cosine(), *_divergences()
+    *_cross_entropy(), *_labelled(NLL), *_binary(), *_gaussian_kl(), *_chances(), *_kl_div(), *_cosine(), *_divergences(),
+    *(row for loss in ERRORS for row in _together(loss)),
 )  # fmt: skip
 
 
@@ -455,6 +464,24 @@ def test_unknown_backend(name: Any) -> None:
     with pytest.raises(ValueError, match=message), gk.backend(name):
         pass
     assert gk.cross_entropy(**good(CE)).isfinite()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    x, latents = torch.randn(4, 5), torch.randn(4, 3)
+
+    def results(number: Callable[[float], Any]) -> Iterator[Tensor]:
+        yield gk.vae_loss(x, x.flip(1), latents, latents, beta=number(0.5), free_bits=number(0.25)).loss
+        yield gk.js_div_with_logits(x, x.flip(1), beta=number(0.25), temperature=number(2.0))
+        yield gk.cross_entropy(x, _labels(0, 1, 2, 3), label_smoothing=number(0.25), softcap=number(4.0))
+        yield gk.huber_loss(x, x.flip(1), delta=number(0.5))
+
+    for kind in (numpy.float16, numpy.float32, numpy.float64):
+        for found, wanted in zip(results(kind), results(float), strict=True):
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+    with pytest.raises(TypeError, match="delta must be a number, not bool"):
+        gk.huber_loss(x, x, delta=numpy.bool_(True))
 
 
 def test_refuses_float8() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import reads_values
+from .layout import broadcast_shape
 
 
 def tensor(name: str, value: Any) -> None:
@@ -36,7 +38,9 @@ def one_of(name: str, value: Any, accepted: Collection[str]) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    # NumPy's scalars are registered; asked for last, since compilers trace the others.
+    if isinstance(value, bool) or not (known or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
 
 
@@ -84,6 +88,18 @@ def broadcastable(name: str, value: Tensor, shape: torch.Size) -> None:
     )
     if not fits:
         raise RuntimeError(f"{name} of shape {list(value.shape)} does not broadcast to the shape {list(shape)} of the input")
+
+
+def together(input: Tensor, target: Tensor) -> torch.Size:
+    """The shape to which both broadcast."""
+    if input.shape == target.shape:
+        return input.shape
+    try:
+        return broadcast_shape((input, target))
+    except RuntimeError:
+        raise RuntimeError(
+            f"input and target must broadcast together, got input {list(input.shape)}, target {list(target.shape)}"
+        ) from None
 
 
 def not_negative(name: str, value: Tensor) -> None:

@@ -135,9 +135,11 @@ def log_share_excess(m, v):
     2^-126.
     """
     if m.dtype == tl.float64:
-        direct = tl.log(m)
         u = 1.0 + v
         d = u - 1.0
+        # Of 1 + v as rounded here, which the factor makes up for; near 0 that has lost the digits of m.
+        u = tl.where(v > -0.5, u, m)
+        direct = tl.log(u)
         log = tl.where(d == 0.0, v, direct * (v / tl.where(d == 0.0, 1.0, d)))
         return direct, u * log - v
     else:

@@ -96,6 +96,31 @@ def test_hinge_at_its_margins(path: str) -> None:
     assert torch.autograd.grad(loss, (real, fake)) == (torch.zeros(1), torch.zeros(1))
 
 
+@pytest.mark.parametrize("below", [0, 2**13])
+def test_known_failure_hinge_at_nan(path: str, below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's relu has it: the gradient was 0 by blocks."""
+    monkeypatch.setattr(api, "PLAIN_BELOW", below)
+    for reduction in ("none", "sum"):
+        real, fake = (torch.full((2, 3), NAN, requires_grad=True) for _ in range(2))
+        loss = gk.gan_discriminator_loss(real, fake, "hinge", reduction=reduction)
+        of_real, of_fake = torch.autograd.grad(loss.sum(), (real, fake))
+        assert loss.isnan().all()
+        assert (of_real == -1.0).all()
+        assert (of_fake == 1.0).all()
+
+
+@pytest.mark.parametrize("below", [0, 2**13])
+def test_known_failure_squares_that_overflow(path: str, below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So did twice the score, of which half is the gradient."""
+    monkeypatch.setattr(api, "PLAIN_BELOW", below)
+    for reduction in ("none", "sum"):
+        real, fake = (torch.full((2, 3), 3e38, requires_grad=True) for _ in range(2))
+        loss = gk.gan_discriminator_loss(real, fake, "lsgan", reduction=reduction)
+        assert (loss == INF).all()
+        for gradient in torch.autograd.grad(loss.sum(), (real, fake)):
+            torch.testing.assert_close(gradient, torch.full((2, 3), 3e38))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (3, 2, 5, 7), (2, 5003), (4,)])
 def test_penalties(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -111,6 +136,24 @@ def test_penalties(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
                 return getattr(gk, name)(grad, reduction=reduction)
 
             check(loss, flat, {"grad": grad}, ("grad",), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [2**20, 2**20 + 37, 100])
+def test_known_failure_digits_of_long_sums(dtype: torch.dtype, size: int) -> None:
+    """Sums in fp32 stood still as they grew, and near the target little else was left."""
+    grad = torch.full((3, size), 0.1, dtype=dtype)
+    grad[1] *= 2.0
+    grad.requires_grad_()
+    norm = grad.detach().double().norm(dim=1, keepdim=True)
+    with gk.backend("eager"):
+        squares = gk.r1_penalty(grad.float(), gamma=2.0, reduction="none")
+        target = norm[0].item() * (1.0 - 2.0**-10)
+        distances = gk.gradient_penalty(grad, target=target, reduction="none")
+        (slopes,) = torch.autograd.grad(distances.sum(), grad)
+    torch.testing.assert_close(squares, norm[:, 0].square().float())
+    torch.testing.assert_close(distances, (norm[:, 0] - target).square().to(dtype))
+    torch.testing.assert_close(slopes, (2.0 * (norm - target) / norm * grad.detach()).to(dtype))
 
 
 def test_channels_last_gradients(path: str) -> None:

@@ -245,6 +245,24 @@ def test_free_bits_at_the_boundary(path: str) -> None:
     assert mu.grad[4] == 2.0
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("below", [0, 2**13])
+def test_known_failure_nan_beside_free_bits(path: str, below: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss was NaN, and its gradient 0."""
+    monkeypatch.setattr(api, "PLAIN_BELOW", below)
+    for poisoned in range(count):
+        results = []
+        for options in ({}, {"free_bits": 0.5}):
+            leaves = [torch.full((9, 33), 2.0 + k) for k in range(count)]
+            leaves[poisoned][3, 5] = NAN
+            loss = gk.gaussian_kl(*(t.requires_grad_() for t in leaves), reduction="none", **options)
+            results.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+        assert results[1][0][3, 5].isnan()
+        assert results[1][1 + poisoned][3, 5].isnan()
+        for found, wanted in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
 def test_free_bits_of_0_change_nothing_but_equality(path: str) -> None:
     arguments = _gaussians(*[(5, 9)] * 4)
     exact = gk.gaussian_kl(**{name: tensor.double() for name, tensor in arguments.items()})

@@ -224,6 +224,18 @@ def test_distance_from_capacity_at_its_kink(path: str) -> None:
         assert (grad == slope).all()
 
 
+def test_known_failure_nan_beside_free_bits(path: str) -> None:
+    """The loss was NaN, and its gradient 0."""
+    mu = torch.full((4, 3), 2.0)
+    mu[1, 2] = math.nan
+    mu.requires_grad_()
+    loss = gk.vae_loss(torch.zeros(4, 5), torch.ones(4, 5), mu, torch.ones(4, 3), free_bits=0.5).loss
+    loss.backward()
+    assert loss.isnan()
+    assert mu.grad is not None
+    assert mu.grad.isnan().nonzero().tolist() == [[1, 2]]
+
+
 def test_infinite_logits(path: str) -> None:
     recon = torch.tensor([[INF, -INF, INF, 1e4, -1e4]], requires_grad=True)
     target = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]])

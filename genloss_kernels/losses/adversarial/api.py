@@ -235,6 +235,8 @@ def gradient_penalty(grad: Tensor, *, target: float = 1.0, reduction: str = "mea
 
     Numerics:
         Squares and sums in fp64 for every dtype: norms of numbers that square to 0 or infinity in their own come out right.
+        On a CPU those of narrower numbers begin in fp32, 128 squares at a time, which is off by less than 1e-7 of the sum,
+        unless a norm is within 1/64 of the target.
         In fp64 itself elements should lie between 1e-150 and 1e150 in size. At a norm of 0, where none exists, all
         derivatives are taken to be 0. No samples: ``sum`` 0, ``mean`` NaN.
 

@@ -53,7 +53,8 @@ def gradient(
     if game == SQUARES:
         slope.copy_(x)
     elif game == HINGE:
-        slope.copy_(x > 0.0)
+        # 1 at NaN, as of torch's relu.
+        slope.copy_((x <= 0.0).logical_not_())
     elif game == LINEAR:
         slope.fill_(1.0)
     else:

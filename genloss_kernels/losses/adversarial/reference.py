@@ -26,7 +26,9 @@ def _side(x: Tensor, game: int, fake: bool) -> Tensor:
     if game == SATURATING:
         return -_softplus(x)
     if game == SQUARES:
-        return 0.5 * (x if fake else x - 1.0).square()
+        distance = x if fake else x - 1.0
+        # The square's own derivative, 2 x, overflows before half of it.
+        return (0.5 * distance) * distance
     signed = x if fake else -x
     if game == HINGE:
         return F.relu(1.0 + signed)

@@ -14,17 +14,14 @@ from torch import Tensor
 from ...core.layout import row_blocks
 from ...core.scratch import Scratch
 from . import reference
-from .reference import Kind, Options, arithmetic
+from .reference import FAR, Kind, Options, arithmetic
 
 # Elements of a block for each thread: buffers of 1 MiB in fp32, which caches hold, and long enough to hide what calling
 # operators costs. Halves and quarters of it measured up to 1.2 and 1.5 times slower, twice as much no faster.
 BLOCK_ELEMENTS = 2**18
 
-# A divergence below this is computed once more in fp64, as fp32 is off by about 1e-7.
+# A divergence below this is computed once more from terms of the second order, as fp32 is off by about 1e-7.
 _CLOSE = 2.0**-10
-
-# A divergence above this has met a logit so low that it counts as -inf, as the lowest number of a dtype does.
-_FAR = {torch.float32: 1e20, torch.float64: 1e200}
 
 
 class _Block:
@@ -75,7 +72,7 @@ def forward(
             rows = _kl(teacher, student, into, block)
         else:
             rows = _kl(student, teacher, into[::-1], block)
-        if dtype == torch.float32 and rows.device.type == "cpu" and (close := rows < _CLOSE).any():
+        if rows.device.type == "cpu" and (close := rows < _CLOSE).any():
             rows[close] = reference.rows(student[close], teacher[close], options._replace(temperature=1.0))
         loss[index] = rows
     return loss.mul_(options.temperature**2)
@@ -114,7 +111,10 @@ def _kl(a: Tensor, b: Tensor, into: list[Tensor | None], block: _Block) -> Tenso
     # Relative to the maxima throughout: of close distributions nothing large is subtracted.
     below = torch.sub(a, a.amax(-1, keepdim=True), out=block.place(of_a, "below", a))
     q = block.place(of_b, "q", b)
-    below.sub_(torch.sub(b, b.amax(-1, keepdim=True), out=q))
+    torch.sub(b, b.amax(-1, keepdim=True), out=q)
+    if q.device.type != "cpu" or float(q.amin()) < -FAR:
+        q.masked_fill_(q < -FAR, -math.inf)
+    below.sub_(q)
     p = block.probabilities("p", a)
     torch.softmax(b, -1, out=q)
     mean = _mean(p, below)
@@ -123,8 +123,7 @@ def _kl(a: Tensor, b: Tensor, into: list[Tensor | None], block: _Block) -> Tenso
         _surplus(p, below, mean, 1.0)
     if of_b is not None:
         q.sub_(p)
-    value = torch.log1p((top - other_top) / other_top) + mean
-    return value.masked_fill_(value > _FAR[block.dtype], math.inf)
+    return torch.log1p((top - other_top) / other_top) + mean
 
 
 def _js(teacher: Tensor, student: Tensor, into: list[Tensor | None], block: _Block) -> Tensor:

@@ -8,7 +8,7 @@ The state of a lane is a tuple of tensors of one shape:
 maximum_a, total_a      largest logit so far, and the sum of exp(a - maximum_a)
 maximum_b, total_b      the same of b
 moment                  sum of exp(a - maximum_a) * [(a - maximum_a) - (b - maximum_b)]
-hole                    largest a where b is -inf, or so low that it counts as that
+hole                    largest a where b is -inf, or so far below its maximum that it counts as that
 """
 
 import triton
@@ -21,20 +21,11 @@ KL = tl.constexpr(0)
 JS = tl.constexpr(1)
 ENTROPY = tl.constexpr(2)
 
-# Farther than any two logits that matter, and not so far that a row of such differences overflows.
-_FAR_32 = tl.constexpr(1e30)
-_FAR_64 = tl.constexpr(1e300)
+# Farther than any two logits that matter, and not so far that a row of such differences overflows; as reference.FAR.
+_FAR = tl.constexpr(1e30)
 
 # A divergence below this is summed once more from terms of the second order, as one pass is off by about 1e-7.
 _CLOSE = tl.constexpr(2.0**-10)
-
-
-@triton.jit
-def _far(DTYPE: tl.constexpr):
-    if tl.float64 == DTYPE:
-        return _FAR_64
-    else:
-        return _FAR_32
 
 
 @triton.jit
@@ -74,8 +65,15 @@ def _initial_state(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _hole(a, b):
-    return tl.where(b < -_far(b.dtype), a, -float("inf"))
+def _hole(a, below):
+    """The hole that a pair makes whose b lies so much below the maximum."""
+    return tl.where(below < -_FAR, a, -float("inf"))
+
+
+@triton.jit
+def _sunk(hole, maximum_a, total_b, rise):
+    """The hole once b's maximum has risen: all that there is of b may lie far below now."""
+    return tl.where((rise > _FAR) & (total_b > 0.0), maximum_a, hole)
 
 
 @triton.jit
@@ -90,7 +88,7 @@ def _first_state(a, b, KIND: tl.constexpr):
     low = lowest(a.dtype)
     hole = a
     if KIND == KL:
-        hole = _hole(a, b)
+        hole = _hole(a, b - tl.maximum(b, low))
     return tl.maximum(a, low), _one(a), tl.maximum(b, low), _one(b), tl.zeros_like(a), hole
 
 
@@ -98,24 +96,24 @@ def _first_state(a, b, KIND: tl.constexpr):
 def _update(state, a, b, KIND: tl.constexpr):
     """Take one more pair into each lane: one exponential for each of the two, and no exchange between lanes."""
     maximum_a, total_a, maximum_b, total_b, moment, hole = state
-    far = _far(a.dtype)
     change_a = a - maximum_a
     e_a = exp_flushed(-tl.abs(change_a))
     rises = change_a > 0.0
     decay = tl.where(rises, e_a, 1.0)
     weight = tl.where(rises, 1.0, e_a)
     # By how much the maxima rise, and how far below them the pair lies then; finite, since a 0 may be a factor.
-    rise = tl.minimum(tl.maximum(change_a, 0.0), far)
-    below = tl.maximum(tl.minimum(change_a, 0.0), -far)
+    rise = tl.minimum(tl.maximum(change_a, 0.0), _FAR)
+    below = tl.maximum(tl.minimum(change_a, 0.0), -_FAR)
     if KIND != ENTROPY:
         change_b = b - maximum_b
         e_b = exp_flushed(-tl.abs(change_b))
+    if KIND == KL:
+        hole = tl.maximum(_sunk(hole, maximum_a, total_b, change_b), _hole(a, change_b))
+        rise -= tl.minimum(tl.maximum(change_b, 0.0), _FAR)
+        below -= tl.maximum(tl.minimum(change_b, 0.0), -_FAR)
+    if KIND != ENTROPY:
         total_b = tl.where(change_b > 0.0, total_b * e_b + 1.0, total_b + e_b)
         maximum_b = tl.maximum(maximum_b, b)
-    if KIND == KL:
-        rise -= tl.minimum(tl.maximum(change_b, 0.0), far)
-        below -= tl.maximum(tl.minimum(change_b, 0.0), -far)
-        hole = tl.maximum(hole, _hole(a, b))
     if KIND != JS:
         moment = (moment - rise * total_a) * decay + weight * below
     total_a = total_a * decay + weight
@@ -129,22 +127,22 @@ def _update_by_vectors(state, a, b, KIND: tl.constexpr):
     The vector's maximum first, so that the totals decay once a vector and nothing is chosen for each element.
     """
     maximum_a, total_a, maximum_b, total_b, moment, hole = state
-    far = _far(a.dtype)
     top_a = tl.maximum(maximum_a, tl.max(a, axis=1))
     change_a = a - top_a[:, None]
     e_a = exp_flushed(change_a)
     decay = exp_flushed(maximum_a - top_a)
     # By how much the maxima rise, and how far below them the pairs lie then; finite, since a 0 may be a factor.
-    rise = tl.minimum(top_a - maximum_a, far)
-    below = tl.maximum(change_a, -far)
+    rise = tl.minimum(top_a - maximum_a, _FAR)
+    below = tl.maximum(change_a, -_FAR)
     if KIND != ENTROPY:
         top_b = tl.maximum(maximum_b, tl.max(b, axis=1))
         change_b = b - top_b[:, None]
-        total_b = total_b * exp_flushed(maximum_b - top_b) + tl.sum(exp_flushed(change_b), axis=1)
     if KIND == KL:
-        rise -= tl.minimum(top_b - maximum_b, far)
-        below -= tl.maximum(change_b, -far)
-        hole = tl.maximum(hole, tl.max(_hole(a, b), axis=1))
+        rise -= tl.minimum(top_b - maximum_b, _FAR)
+        below -= tl.maximum(change_b, -_FAR)
+        hole = tl.maximum(_sunk(hole, maximum_a, total_b, top_b - maximum_b), tl.max(_hole(a, change_b), axis=1))
+    if KIND != ENTROPY:
+        total_b = total_b * exp_flushed(maximum_b - top_b) + tl.sum(exp_flushed(change_b), axis=1)
     if KIND != JS:
         moment = (moment - rise * total_a) * decay + tl.sum(e_a * below, axis=1)
     if KIND != ENTROPY:
@@ -155,20 +153,21 @@ def _update_by_vectors(state, a, b, KIND: tl.constexpr):
 
 @triton.jit
 def _relative(state, top_a, top_b, KIND: tl.constexpr):
-    """Totals of a and b and the moment, relative to maxima that are no lower."""
-    maximum_a, total_a, maximum_b, total_b, moment, _ = state
-    far = _far(maximum_a.dtype)
+    """Totals of a and b, the moment and the hole, relative to maxima that are no lower."""
+    maximum_a, total_a, maximum_b, total_b, moment, hole = state
     change_a = maximum_a - top_a
     decay = tl.exp(change_a)
-    below = tl.maximum(change_a, -far)
+    below = tl.maximum(change_a, -_FAR)
     if KIND != ENTROPY:
         change_b = maximum_b - top_b
-        total_b = tl.exp(change_b) * total_b
     if KIND == KL:
-        below -= tl.maximum(change_b, -far)
+        below -= tl.maximum(change_b, -_FAR)
+        hole = _sunk(hole, maximum_a, total_b, -change_b)
+    if KIND != ENTROPY:
+        total_b = tl.exp(change_b) * total_b
     if KIND != JS:
         moment = decay * (moment + total_a * below)
-    return decay * total_a, total_b, moment
+    return decay * total_a, total_b, moment, hole
 
 
 @triton.jit
@@ -176,10 +175,10 @@ def _collapse(state, AXIS: tl.constexpr, KIND: tl.constexpr):
     """Merge the lanes along an axis, in an order that does not depend on timing."""
     top_a = tl.max(state[0], axis=AXIS)
     top_b = tl.max(state[2], axis=AXIS)
-    total_a, total_b, moment = _relative(state, tl.expand_dims(top_a, AXIS), tl.expand_dims(top_b, AXIS), KIND)
+    total_a, total_b, moment, hole = _relative(state, tl.expand_dims(top_a, AXIS), tl.expand_dims(top_b, AXIS), KIND)
     return (
         top_a, tl.sum(total_a, axis=AXIS), top_b, tl.sum(total_b, axis=AXIS), tl.sum(moment, axis=AXIS),
-        tl.max(state[5], axis=AXIS),
+        tl.max(hole, axis=AXIS),
     )  # fmt: skip
 
 
@@ -187,10 +186,10 @@ def _collapse(state, AXIS: tl.constexpr, KIND: tl.constexpr):
 def _merge(state, other, KIND: tl.constexpr):
     top_a = tl.maximum(state[0], other[0])
     top_b = tl.maximum(state[2], other[2])
-    total_a, total_b, moment = _relative(state, top_a, top_b, KIND)
-    other_a, other_b, other_moment = _relative(other, top_a, top_b, KIND)
+    total_a, total_b, moment, hole = _relative(state, top_a, top_b, KIND)
+    other_a, other_b, other_moment, other_hole = _relative(other, top_a, top_b, KIND)
     return (
-        top_a, total_a + other_a, top_b, total_b + other_b, moment + other_moment, tl.maximum(state[5], other[5]),
+        top_a, total_a + other_a, top_b, total_b + other_b, moment + other_moment, tl.maximum(hole, other_hole),
     )  # fmt: skip
 
 
@@ -243,10 +242,11 @@ def _mixture(a, b, row, weights):
     maximum_a, log_a, maximum_b, log_b, _, _ = row
     log_p = (a - maximum_a) - log_a
     log_q = (b - maximum_b) - log_b
-    lead = log_q - log_p
+    # Relative to the maxima: of close distributions nothing large is subtracted.
+    lead = ((b - maximum_b) - (a - maximum_a)) - (log_b - log_a)
     behind = lead > 0.0
     # A comparison, as there is no distance between two of -inf.
-    difference = tl.where(tl.abs(lead) < _far(a.dtype), -tl.abs(lead), -_far(a.dtype))
+    difference = tl.where(tl.abs(lead) < _FAR, -tl.abs(lead), -_FAR)
     weight_a, weight_b = weights
     return (
         tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL), behind, difference,
@@ -493,7 +493,7 @@ def _divergence_forward_rows_kernel(
     values, value = _row(state, KIND)
     if KIND == JS:
         again = True
-    elif KIND == KL and tl.float32 == DTYPE:
+    elif KIND == KL:
         again = value < _CLOSE
     else:
         again = False
@@ -643,12 +643,11 @@ def _whole_state(a, b, KIND: tl.constexpr):
 
     The maxima first, so that each logit takes one exponential.
     """
-    far = _far(a.dtype)
     top_a = tl.maximum(_class_max(a), lowest(a.dtype))
     change_a = a - top_a[:, None, None]
     e_a = exp_flushed(change_a)
     total_a = _class_sum(e_a)
-    below = tl.maximum(change_a, -far)
+    below = tl.maximum(change_a, -_FAR)
     top_b = top_a
     e_b = e_a
     total_b = total_a
@@ -660,8 +659,8 @@ def _whole_state(a, b, KIND: tl.constexpr):
         e_b = exp_flushed(change_b)
         total_b = _class_sum(e_b)
     if KIND == KL:
-        below -= tl.maximum(change_b, -far)
-        hole = _class_max(_hole(a, b))
+        below -= tl.maximum(change_b, -_FAR)
+        hole = _class_max(_hole(a, change_b))
     if KIND != JS:
         moment = _class_sum(e_a * below)
     return (top_a, total_a, top_b, total_b, moment, hole), e_a, e_b

@@ -19,6 +19,13 @@ class Kind(enum.IntEnum):
     ENTROPY = 3  # of the student; there is no teacher
 
 
+# A logit farther than this below its row's maximum counts as -inf.
+FAR = 1e30
+
+# Below these a divergence shows in its own dtype that fp64 log-probabilities are off by 1e-15.
+_CLOSE = {torch.float32: 2.0**-24, torch.float64: 2.0**-10}
+
+
 class Options(NamedTuple):
     """What a divergence depends on beside its logits; ``divisor`` None: the loss of each row."""
 
@@ -34,24 +41,25 @@ def arithmetic(input: Tensor, target: Tensor | None) -> torch.dtype:
 
 
 def rows(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
-    """Loss of each row of logits (..., V), found in fp64: the plain formulas lose what close distributions differ by."""
+    """Loss of each row of logits (..., V), found in fp64."""
     return _rows(input.double(), None if target is None else target.double(), options).to(arithmetic(input, target))
 
 
 def _rows(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
     student = torch.log_softmax(input / options.temperature, -1)
     if target is None:
-        return -_expectation(student, student)
+        return _entropy(student)
     teacher = torch.log_softmax(target / options.temperature, -1)
     scale = options.temperature**2
     if options.kind != Kind.JS:
         p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
-        return scale * _expectation(p, p, q)
+        # By addition, which leaves q its gradient.
+        return scale * _kl(p, torch.where(q < -FAR, q - math.inf, q))
     # Infinities where neither has mass must not meet.
     nothing = (teacher == -math.inf) & (student == -math.inf)
     mixture = _mixture(teacher.masked_fill(nothing, 0.0), student.masked_fill(nothing, 0.0), options.beta)
-    of_teacher, of_student = (_expectation(log_p, log_p, mixture) for log_p in (teacher, student))
-    return scale * (options.beta * of_teacher + (1.0 - options.beta) * of_student)
+    mixture = mixture.masked_fill(nothing, -math.inf)
+    return scale * (options.beta * _kl(teacher, mixture) + (1.0 - options.beta) * _kl(student, mixture))
 
 
 def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
@@ -63,25 +71,45 @@ def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     return torch.where(below, teacher, student) + torch.log1p(share * torch.expm1(gap))
 
 
-def _expectation(log_p: Tensor, value: Tensor, less: Tensor | None = None) -> Tensor:
-    """Mean under p of ``value``, or of what it exceeds ``less`` by, terms with p = 0 left out."""
+def _entropy(log_p: Tensor) -> Tensor:
     p = log_p.exp()
-    # Their infinities must not meet the 0, in the gradient neither.
-    empty = p == 0.0
-    value = value.masked_fill(empty, 0.0)
-    if less is not None:
-        value = value - less.masked_fill(empty, 0.0)
-    return (p * value).sum(-1)
+    # The infinity must not meet the 0, in the gradient neither.
+    return -(p * log_p.masked_fill(p == 0.0, 0.0)).sum(-1)
 
 
-def plain(input: Tensor, target: Tensor | None, options: Options) -> Tensor:
-    """Each row's entropy or KL divergence by the fewest differentiable operators: NaN where a class has no probability."""
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Sum of p (exp(d) - 1 - d) with d = log q - log p: no term is negative, and small ones keep their digits."""
+    # Where exp(d) may overflow, and where two infinities would meet, that is q.
+    empty = log_p < -700.0
+    d = (log_q - log_p).masked_fill(empty, 0.0)
+    return torch.where(empty, log_q.exp(), log_p.exp() * (torch.expm1(d) - d)).sum(-1)
+
+
+def plain(input: Tensor, target: Tensor | None, options: Options) -> Tensor | None:
+    """Each row's value by the fewest differentiable operators.
+
+    None where a class has no probability, or as good as none, and where two distributions are close.
+    """
     student = torch.log_softmax(_warm(input, options), -1, dtype=torch.float64)
     if target is None:
-        return -torch.linalg.vecdot(student.exp(), student)
+        found = -torch.linalg.vecdot(student.exp(), student)
+        return found if math.isfinite(found.detach().sum()) else None
     teacher = torch.log_softmax(_warm(target, options), -1, dtype=torch.float64)
-    p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
-    return torch.linalg.vecdot(p.exp(), p - q) * options.temperature**2
+    if options.kind == Kind.JS:
+        p, q = teacher.exp(), student.exp()
+        mixture = torch.lerp(q, p, options.beta).log()
+        of_teacher, of_student = torch.linalg.vecdot(p, teacher - mixture), torch.linalg.vecdot(q, student - mixture)
+        found = options.beta * of_teacher + (1.0 - options.beta) * of_student
+    else:
+        p, q = (teacher, student) if options.kind == Kind.FORWARD_KL else (student, teacher)
+        difference = p - q
+        found = torch.linalg.vecdot(p.exp(), difference)
+        # NaN is no number below.
+        if not float(difference.detach().max()) < FAR:
+            return None
+    if not float(found.detach().min()) >= _CLOSE[arithmetic(input, target)]:
+        return None
+    return found if options.temperature == 1.0 else found * options.temperature**2
 
 
 def _warm(logits: Tensor, options: Options) -> Tensor:

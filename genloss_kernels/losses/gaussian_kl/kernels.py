@@ -57,8 +57,9 @@ def gaussian_kl_gradient(mu_q, logvar_q, mu_p, logvar_p, free_bits, low, high, F
         dlogvar_q = tl.where((logvar_q >= low) & (logvar_q <= high), dlogvar_q, 0.0)
         dlogvar_p = tl.where((logvar_p >= low) & (logvar_p <= high), dlogvar_p, 0.0)
     if FREE_BITS & FLAGS:
-        pays = 0.5 * (excess + distance * distance) > free_bits
-        dmu = tl.where(pays, dmu, 0.0)
-        dlogvar_q = tl.where(pays, dlogvar_q, 0.0)
-        dlogvar_p = tl.where(pays, dlogvar_p, 0.0)
+        # Not so NaN, which shows in the loss too.
+        free = 0.5 * (excess + distance * distance) <= free_bits
+        dmu = tl.where(free, 0.0, dmu)
+        dlogvar_q = tl.where(free, 0.0, dlogvar_q)
+        dlogvar_p = tl.where(free, 0.0, dlogvar_p)
     return dmu, dlogvar_q, -dmu, dlogvar_p

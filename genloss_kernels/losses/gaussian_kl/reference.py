@@ -50,7 +50,7 @@ def reference(
     excess = expm1_excess(v) if dtype == torch.float64 else torch.expm1(v) - v
     kl = 0.5 * (excess + square)
     if flags & FREE_BITS:
-        kl = torch.where(kl > scalars[0], kl, scalars[0] + 0.0 * kl.detach())
+        kl = torch.where(kl <= scalars[0], scalars[0], kl)
     return kl.to(dtype)
 
 
@@ -174,8 +174,9 @@ def gradient(
     dmu_q, dlogvar_q, dmu_p, dlogvar_p = outputs
     dtype = _result_dtype(mu_q, logvar_q, mu_p, logvar_p)
     if flags & FREE_BITS:
-        pays = value(mu_q, logvar_q, mu_p, logvar_p, scalars, flags & ~FREE_BITS, scratch) > scalars[0]
-        grad = torch.where(pays, torch.as_tensor(grad, dtype=dtype, device=pays.device), 0.0)
+        # Not so NaN, which shows in the loss too.
+        free = value(mu_q, logvar_q, mu_p, logvar_p, scalars, flags & ~FREE_BITS, scratch) <= scalars[0]
+        grad = torch.where(free, 0.0, torch.as_tensor(grad, dtype=dtype, device=free.device))
     distance = scratch.cast("mu_q", mu_q, dtype)
     if mu_p is not None:
         distance = _subtract(distance, scratch.cast("mu_p", mu_p, dtype), "distance", scratch)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...core import backend, checks, elementwise_op
-from ...core.layout import broadcast_shape
 from ...core.reduction import Reduction, loss_dtype, parse_reduction
 from ...core.warning import warn
 from ...core.widening import few, narrow, wide
@@ -124,11 +123,4 @@ def _check(input: Any, target: Any, reduction: Any, log_target: Any) -> torch.Si
     checks.same_device("target", target, input)
     checks.one_of("reduction", reduction, _REDUCTIONS)
     checks.flag("log_target", log_target)
-    if input.shape == target.shape:
-        return input.shape
-    try:
-        return broadcast_shape((input, target))
-    except RuntimeError:
-        raise RuntimeError(
-            f"input and target must broadcast together, got input {list(input.shape)}, target {list(target.shape)}"
-        ) from None
+    return checks.together(input, target)

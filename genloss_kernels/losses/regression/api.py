@@ -308,6 +308,7 @@ def _check(input: Any, target: Any, weight: Any, reduction: Any) -> None:
         checks.same_device("weight", weight, input)
         if weight.shape != input.shape:
             raise ValueError(f"weight must have the shape {list(input.shape)} of the input, got {list(weight.shape)}")
+    checks.together(input, target)
     if target.shape != input.shape and not torch.compiler.is_compiling():  # which traces no warning
         warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
