@@ -138,7 +138,7 @@ _HELD_ROWS = {2: (512, 16), 4: (512, 16), 8: (256, 8)}
 PAIR_ROW_TILES = {2: Tile(2048, 8), 4: Tile(512, 4), 8: Tile(512, 4)}
 
 # The same where the elements of a thread do not lie together: the address of each takes registers.
-SCATTERED_PAIR_ROW_TILE = Tile(512, 4)
+SCATTERED_PAIR_ROW_TILE = Tile(512, 8)
 
 
 def held_row_tile(n_cols: int, itemsize: int) -> Tile | None:
