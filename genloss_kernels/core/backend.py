@@ -173,9 +173,9 @@ def transformed(*tensors: torch.Tensor | None) -> bool:
 
 
 def pushes_forward(*tensors: torch.Tensor | None) -> bool:
-    """Whether the innermost transform is forward-mode AD."""
+    """Whether forward-mode AD is at work, and no other transform."""
     levels = _levels()
-    return levels[-1].key() == _functorch.TransformType.Jvp if levels else _dual(tensors)
+    return len(levels) == 1 and levels[0].key() == _functorch.TransformType.Jvp if levels else _dual(tensors)
 
 
 def _levels() -> Sequence[Any]:

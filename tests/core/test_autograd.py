@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from genloss_kernels.core.autograd import apply
+from genloss_kernels.core.autograd import apart, apply, through_transforms
 
 
 class _Double(torch.autograd.Function):
@@ -49,3 +50,86 @@ def test_compiled() -> None:
     torch.compile(_twice, fullgraph=True, backend="aot_eager")(x).backward()
     assert x.grad is not None
     assert x.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+_ran: list[str] = []
+
+
+class _Cubes(torch.autograd.Function):
+    """Sum of the cubes, whose plain backward no transform sees through."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.pow(3).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @through_transforms
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if grad is None:
+            return (None,)
+        if torch.is_grad_enabled():
+            _ran.append("differentiable")
+            (x,) = apart([x])
+            return torch.autograd.grad(x.pow(3).sum(), x, grad, create_graph=True)
+        _ran.append("plain")
+        return (x.square() * (3.0 * grad.item()),)
+
+
+@pytest.fixture
+def cubes() -> tuple[Tensor, Tensor]:
+    _ran.clear()
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    return x, apply(_Cubes, x)
+
+
+def test_a_plain_upstream_gradient_takes_the_plain_branch(cubes: tuple[Tensor, Tensor]) -> None:
+    x, loss = cubes
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(2.0 * loss, x)
+    assert found.tolist() == [6.0, 24.0]
+    assert _ran == ["plain"]
+
+
+def test_a_gradient_to_be_differentiated(cubes: tuple[Tensor, Tensor]) -> None:
+    x, loss = cubes
+    (found,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.autograd.grad(found.sum(), x)[0].tolist() == [6.0, 12.0]
+    assert _ran == ["differentiable"]
+
+
+def test_a_batch_takes_the_differentiable_branch_and_keeps_no_graph(cubes: tuple[Tensor, Tensor]) -> None:
+    x, loss = cubes
+    found = torch.func.vmap(lambda g: torch.autograd.grad(loss, x, g, retain_graph=True)[0])(torch.tensor([1.0, 2.0]))
+    assert found.tolist() == [[3.0, 12.0], [6.0, 24.0]]
+    assert not found.requires_grad
+    assert _ran == ["differentiable"]
+
+
+def test_a_tangent_is_a_gradient_of_its_own(cubes: tuple[Tensor, Tensor]) -> None:
+    x, loss = cubes
+    primal, tangent = torch.tensor(2.0), torch.tensor(5.0)
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(loss, x, forward_ad.make_dual(primal, tangent), retain_graph=True)
+        dual = forward_ad.unpack_dual(found)
+        assert dual.primal.tolist() == [6.0, 24.0]
+        assert dual.tangent.tolist() == [15.0, 60.0]
+    pushed = torch.func.jvp(lambda g: torch.autograd.grad(loss, x, g, retain_graph=True)[0], (primal,), (tangent,))
+    assert [t.tolist() for t in pushed] == [[6.0, 24.0], [15.0, 60.0]]
+    assert _ran == ["plain"] * 4
+
+
+def test_nested_tangents_are_refused_rather_than_lost(cubes: tuple[Tensor, Tensor]) -> None:
+    x, loss = cubes
+    one = torch.tensor(1.0)
+
+    def slope(g: Tensor) -> Tensor:
+        return torch.func.jvp(lambda h: torch.autograd.grad(loss, x, h * h, retain_graph=True)[0], (g,), (one,))[1]
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.func.jvp(slope, (one,), (one,))

@@ -168,3 +168,22 @@ def test_whole_rows_tile(n_cols, itemsize, vec, expected) -> None:
 )
 def test_splits(programs, tiles, processors, expected) -> None:
     assert splits(programs, tiles, processors) == expected
+
+
+@pytest.mark.parametrize(
+    ("tile", "itemsize", "sizes"),
+    [
+        (launching.held_row_tile, 2, {2048: 4, 4096: 8, 8192: 16}),
+        (launching.held_row_tile, 4, {2048: 4, 4096: 8, 8192: 16}),
+        (launching.held_row_tile, 8, {1024: 4, 2048: 8}),
+        (launching.held_loss_tile, 2, {1024: 4, 2048: 4, 4096: 4, 8192: 8, 16384: 16, 32768: 32}),
+        (launching.held_loss_tile, 4, {1024: 4, 2048: 4, 4096: 4, 8192: 8, 16384: 16, 32768: 32}),
+        (launching.held_loss_tile, 8, {1024: 4, 2048: 8, 4096: 16, 8192: 32}),
+    ],
+)
+def test_tiles_that_hold_a_row(tile, itemsize, sizes) -> None:
+    assert tile(3, itemsize) == launching.Tile(*next(iter(sizes.items())))
+    for block, num_warps in sizes.items():
+        assert tile(block, itemsize) == launching.Tile(block, num_warps)
+        following = tile(block + 1, itemsize)
+        assert following is None if block == max(sizes) else following.block == 2 * block

@@ -12,6 +12,7 @@ from genloss_kernels.core import elementwise, elementwise_op, formulas, pair, pa
 from genloss_kernels.core.launch import Tile
 from genloss_kernels.core.pair import Sum, Term
 from genloss_kernels.core.reduction import Reduction
+from genloss_kernels.losses.gaussian_kl.reference import NAME as GAUSSIAN
 
 MSE, L1 = "mse_loss", "l1_loss"
 NUMBERS = (0.0, 0.0, 0.0)
@@ -104,3 +105,26 @@ def test_gradients_have_the_shapes_of_their_operands(path: str, shape: tuple[int
     found = elementwise_op._backward(MSE, x, t, None, None, None, grad, kept, *options)
     assert [g.shape for g in found[:2]] == [x.shape, t.shape]
     torch.testing.assert_close(found[1], (2 * (t - x)).sum_to_size(shape))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_of_few_elements_has_its_own_upstream_gradient(path: str, count: int) -> None:
+    x, t, upstream = torch.randn(count, requires_grad=True), torch.randn(count), torch.arange(1.0, count + 1)
+    options: Any = ((x, t, None, None), None, NUMBERS, 0, Reduction.NONE, torch.float32)
+    loss = elementwise_op.apply(MSE, *options, triton=path == "triton", by_reference=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, x, upstream), (2.0 * (x - t) * upstream,))
+
+
+def test_what_a_forward_saves_is_in_fp32() -> None:
+    """So nothing is saved for operands of which one is in fp64, nor where no gradient will be asked for."""
+    x, t = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
+    count = formulas.formulas_of(GAUSSIAN).saves(0)
+    assert count > 0
+
+    def saved(*operands: Tensor, reduction: Reduction = Reduction.SUM) -> int:
+        return elementwise_op.savable(GAUSSIAN, (*operands, None, None), 0, reduction)
+
+    assert saved(x, t) == saved(x, t.bfloat16()) == count
+    assert not any((saved(x, t.double()), saved(x.detach(), t), saved(x, t[:1]), saved(x, t, reduction=Reduction.NONE)))
+    with torch.no_grad():
+        assert saved(x, t) == 0
