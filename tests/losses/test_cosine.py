@@ -286,3 +286,11 @@ def test_gradient_of_no_pairs(dtype: torch.dtype) -> None:
     x = torch.randn(0, 3, dtype=dtype).requires_grad_()
     (found,) = torch.autograd.grad(gk.cosine_embedding_loss(x, x.detach(), torch.ones(0)), x)
     assert found.shape == x.shape
+
+
+def test_off_the_cpu_no_value_is_read() -> None:
+    arguments = {name: value.to("meta") for name, value in _pairs(5, 7).items() if isinstance(value, torch.Tensor)}
+    leaves = [arguments[name].requires_grad_() for name in BOTH]
+    with gk.backend("eager"):
+        loss = gk.cosine_embedding_loss(**arguments)
+        assert [g.shape for g in torch.autograd.grad(loss, leaves)] == [(5, 7), (5, 7)]
