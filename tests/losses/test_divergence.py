@@ -589,3 +589,25 @@ def test_only_gradients_asked_for_are_stored() -> None:
         assert sizes == [12 * (needed & 1), 12 * (needed >> 1)]
     assert [t.numel() for t in op._stored(*tensors, 3, True)] == [0, 0]
     assert [t.numel() for t in op._stored(tensors[0], None, 3, False)] == [12, 0]
+
+
+def test_mass_that_only_the_second_has(path: str) -> None:
+    """Beside much else: a divergence as small as this is summed by terms, of which this one is the second's probability."""
+    p, q = torch.zeros(1, 300), torch.zeros(1, 300)
+    p[0, 7], q[0, 7] = -200.0, -3.0
+    found = gk.kl_div_with_logits(q, p, reduction="none")
+    torch.testing.assert_close(found, kl_div_with_logits_oracle(q.double(), p.double(), reduction="none").float())
+
+
+def test_probabilities_whose_reciprocals_overflow() -> None:
+    options = reference.Options(reference.Kind.FORWARD_KL, 1.0, 0.5, None)
+    found = reference.rows(torch.zeros(1, 2), torch.tensor([[0.0, -720.0]]), options)
+    torch.testing.assert_close(found, torch.tensor([math.log(2.0)]))
+
+
+@pytest.mark.parametrize("classes", [launch.WHOLE_ROW, launch.WHOLE_ROW + 1])
+@every_loss
+def test_at_the_most_classes_that_a_tile_holds(path: str, name: str, classes: int) -> None:
+    """Their numbers are found anew in the backward, and those of longer rows read."""
+    loss, oracle, options = LOSSES[name]
+    check(loss, oracle, {"input": aligned(3, classes), "target": aligned(3, classes), **options}, BOTH[:1])
