@@ -161,3 +161,12 @@ def test_large_regressions_make_their_gradients(loss: str, made_calls: list[int]
         assert len(made_calls) == calls
     getattr(gk, loss)(x, t, reduction="none")
     assert len(made_calls) == 1
+
+
+def test_the_default_device_moves_no_loss() -> None:
+    x, t, *_ = tensors = _drawn(6, 5)
+    with torch.device("meta"):
+        loss = made.apply((_term(),), torch.float32, tensors)[0]
+        found = torch.autograd.grad(loss, (x, t))
+    assert {loss.device.type, *(g.device.type for g in found)} == {"cpu"}
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(x, t))
