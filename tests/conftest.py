@@ -21,6 +21,10 @@ from . import edges, refusals
 from .torch_conformance import counts
 
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+if INTERPRETED:
+    from .interpreter import remember_builtins
+
+    remember_builtins()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
