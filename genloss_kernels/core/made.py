@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,9 @@ class MadeInForward(torch.autograd.Function):
         terms = [(part, given, needed if learn else _NOTHING) for part, given, needed in _terms(ctx, tensors)]
         made = [_make(*term) for term in terms]
         ctx.made = [gradient for _, gradients in made for gradient in gradients]
-        values = [value for value, _ in made]
+        # No dtype of a result but fp64 holds more than fp32, and a factor of 0 must not hide that.
+        most = torch.finfo(arithmetic(tensors)).max
+        values = [math.copysign(math.inf, value) if abs(value) > most else value for value, _ in made]
         loss = sum(part.factor * value for part, value in zip(parts, values, strict=True))
         # On the operands' device, whatever the default one is.
         results = [torch.tensor(v, dtype=dtype, device="cpu") for v in ((loss, *values) if len(parts) > 1 else (loss,))]

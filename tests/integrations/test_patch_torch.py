@@ -92,6 +92,15 @@ def test_a_handle_can_be_entered_again() -> None:
     assert ours(patch) == 2
 
 
+def test_a_handle_that_was_reverted_within_is_left_by_the_next_block() -> None:
+    patch = gk.patch_torch()
+    patch.__enter__()
+    patch.revert()
+    with patch:
+        assert patch.active
+    assert not patch.active
+
+
 def test_a_patch_on_top_is_left_in_place() -> None:
     """And what it wraps passes its calls to torch, until the next patch."""
     handle = gk.patch_torch()
@@ -105,7 +114,7 @@ def test_a_patch_on_top_is_left_in_place() -> None:
         with gk.patch_torch() as inner:
             assert F.cross_entropy is theirs
             assert inner.report()["replaced"] == ["cross_entropy"]
-            assert "replaced since: cross_entropy" in str(inner)
+            assert "replaced by others: cross_entropy" in str(inner)
             torch.testing.assert_close(F.cross_entropy(X, Y), 2.0 * TORCH_LOSSES["cross_entropy"](X, Y))
             assert ours(inner) == 1
         handle.revert()
@@ -113,7 +122,8 @@ def test_a_patch_on_top_is_left_in_place() -> None:
         F.cross_entropy(X, Y)
         assert ours(handle) == 1
         with gk.patch_torch() as later:
-            assert F.cross_entropy is under
+            assert F.cross_entropy is theirs
+            assert later.report()["replaced"] == ["cross_entropy"]
             F.cross_entropy(X, Y)
             # What goes to torch does not come back by way of the other patch.
             with pytest.raises(ValueError, match="batch_size"):
@@ -136,13 +146,15 @@ class Overriding(Tensor):
         return func
 
 
-def test_a_patch_below_is_not_seen_by_torchs_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stood in torch's place before is no part of torch."""
-    monkeypatch.setattr(F, "mse_loss", lambda *args, **kwargs: "theirs")
-    with gk.patch_torch():
-        assert F.mse_loss(X.as_subclass(Overriding), X) is TORCH_LOSSES["mse_loss"]
-    assert F.mse_loss(X, X) == "theirs"
-    monkeypatch.undo()
+def test_a_patch_below_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its term of the loss must not vanish; nor does torch's own code see it, for which it is no part of torch."""
+    with monkeypatch.context() as change:
+        change.setattr(F, "mse_loss", lambda *args, **kwargs: "theirs")
+        with gk.patch_torch() as patch:
+            assert F.mse_loss(X, X) == torch.nn.MSELoss()(X, X) == "theirs"
+            assert patch.report()["replaced"] == ["mse_loss"]
+            assert routing.WRAPPERS["mse_loss"](X.as_subclass(Overriding), X) is TORCH_LOSSES["mse_loss"]
+        assert F.mse_loss(X, X) == "theirs"
 
 
 def _module(name: str, **names: Any) -> ModuleType:

@@ -156,6 +156,14 @@ def test_known_failure_digits_of_long_sums(dtype: torch.dtype, size: int) -> Non
     torch.testing.assert_close(slopes, (2.0 * (norm - target) / norm * grad.detach()).to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 37, 37), (2, 100)])
+def test_every_digit_in_double_precision(path: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "NORMS_BELOW", 2**20)
+    grad = torch.tensor([1.1, 1.3], dtype=torch.float64).reshape(2, *[1] * (len(shape) - 1)).expand(shape)
+    exact = torch.tensor([math.fsum(x * x for x in row) for row in grad.flatten(1).tolist()], dtype=torch.float64)
+    torch.testing.assert_close(gk.r1_penalty(grad, gamma=2.0, reduction="none"), exact, rtol=1e-15, atol=0.0)
+
+
 def test_channels_last_gradients(path: str) -> None:
     grad = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     for every in (grad, grad[..., ::2], grad.permute(3, 1, 2, 0)):

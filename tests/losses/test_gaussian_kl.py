@@ -292,6 +292,45 @@ def test_clamp_has_gradient_1_on_the_bounds(path: str) -> None:
     assert gk.gaussian_kl(torch.zeros(1), torch.zeros(1), None, nan, logvar_clamp=(-1.0, 1.0)).isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_bounds_are_those_that_half_precision_holds(
+    path: str, reduction: str, dtype: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was clamped to 0.7 before lies on that bound, though it is above 0.7 or below."""
+    monkeypatch.setattr(api, "PLAIN_BELOW", 2**15 if plain else 0)
+    for bound in (0.7, -0.3, 3e-6):
+        logvar = torch.full((4,), bound, dtype=dtype, requires_grad=True)
+        for clamp in ((bound, bound + 1.0), (bound - 1.0, bound)):
+            options: dict[str, Any] = {"reduction": reduction, "logvar_clamp": clamp}
+            found = gk.gaussian_kl(torch.zeros(4, dtype=dtype), logvar, **options)
+            wanted = gk.gaussian_kl(torch.zeros(4, dtype=dtype), logvar.clamp(*clamp), reduction=reduction)
+            torch.testing.assert_close(found, wanted)
+            for one, other in zip(*(torch.autograd.grad(loss.sum(), logvar) for loss in (found, wanted)), strict=True):
+                torch.testing.assert_close(one, other)
+                assert one.all()
+
+
+def test_bounds_beside_a_prior_of_another_dtype(path: str) -> None:
+    """The mask agrees with the values, by arithmetic in fp32."""
+    logvar = torch.full((4,), 0.7, dtype=torch.float16, requires_grad=True)
+    loss = gk.gaussian_kl(torch.zeros(4), logvar, None, torch.zeros(4), logvar_clamp=(-1.0, 0.7), reduction="none")
+    assert not torch.autograd.grad(loss.sum(), logvar)[0].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_bounds_change_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda mu, logvar, bound: gk.gaussian_kl(mu, logvar, logvar_clamp=(-bound, bound)), fullgraph=True, backend="eager"
+    )
+    mu, logvar = torch.randn(4, 3).half(), torch.randn(4, 3).half()
+    for bound in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(compiled(mu, logvar, bound), gk.gaussian_kl(mu, logvar, logvar_clamp=(-bound, bound)))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_digit_at_small_log_variance(path: str, dtype: torch.dtype) -> None:
     """exp(v) - 1 - v has none left in its plain form; one power of ten at a time, since an error is relative to it."""

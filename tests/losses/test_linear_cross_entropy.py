@@ -300,6 +300,23 @@ def test_second_derivatives_of_the_kernels() -> None:
         check_second_derivatives(gk.linear_cross_entropy, _oracle, _labels(7, 11), LAYER)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_batch_of_second_derivatives(whole: bool, reduction: str) -> None:
+    """What a vectorised Hessian asks for; in chunks too."""
+    given = _labels(40, 11, reduction=reduction) | {"options": gk.LinearCrossEntropyOptions(batch_chunk_size=8)}
+    leaves = [given[name].requires_grad_() for name in LAYER]
+    gradients = torch.autograd.grad(gk.linear_cross_entropy(**given).sum(), leaves, create_graph=True)
+    directions = [torch.randn(3, *g.shape) for g in gradients]
+    used = slice(None) if whole else slice(1)
+    one_by_one = [
+        torch.autograd.grad(gradients[used], leaves, [d[k] for d in directions[used]], retain_graph=True) for k in range(3)
+    ]
+    batch = torch.autograd.grad(gradients[used], leaves, directions[used], is_grads_batched=True)
+    for found, each in zip(batch, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(each))
+
+
 def _largest_allocation(run: Callable[[], Any]) -> int:
     """In bytes, by one operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -126,6 +126,14 @@ def test_a_threshold_that_is_almost_0(path, device):
     assert x.grad.tolist() == [0.0, 1.0, -1.0]
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_gradient_of_a_threshold_whose_reciprocal_overflows(path, device):
+    x = torch.tensor([[1.0, -1.0, 2.0]], device=device, requires_grad=True)
+    for target in (torch.zeros(3, device=device), torch.zeros(1, 3, device=device)):
+        (gradient,) = torch.autograd.grad(gk.smooth_l1_loss(x, target, beta=1e-40, reduction="sum"), x)
+        assert gradient.tolist() == [[1.0, -1.0, 1.0]]
+
+
 def test_half_precision_does_not_overflow_on_its_way(path, device):
     x = torch.tensor([300.0, 0.0, 0.0, 0.0], device=device, dtype=torch.float16)
     assert gk.mse_loss(x, torch.zeros_like(x)).item() == 22496.0

@@ -236,6 +236,18 @@ def test_known_failure_nan_beside_free_bits(path: str) -> None:
     assert mu.grad.isnan().nonzero().tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("beta", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_no_beta_hides_an_infinite_divergence(path: str, beta: float | Tensor, reduction: str) -> None:
+    """Of which fp64 holds the sum."""
+    logvar = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    image = torch.zeros(1, 4)
+    found = gk.vae_loss(image + 1.0, image, torch.zeros(1, 2), logvar, beta=beta, reduction=reduction)
+    assert found.loss.isnan().all()
+    assert found.kl.isinf().all()
+    assert torch.autograd.grad(found.loss.sum(), logvar)[0].isnan().tolist() == [[True, False]]
+
+
 def test_infinite_logits(path: str) -> None:
     recon = torch.tensor([[INF, -INF, INF, 1e4, -1e4]], requires_grad=True)
     target = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]])

@@ -30,8 +30,9 @@ def patch_torch(modules: Iterable[ModuleType | str] | None = None) -> TorchPatch
     that torch refuses. Which it is follows from the arguments, before anything runs; :meth:`TorchPatch.report` counts both
     and says why.
 
-    Patches nest, in any order and over threads, and the last one to be reverted puts back the very objects that were found.
-    What another library has put over a patched name since stays there; if it wraps ours, that passes its calls to torch.
+    Patches nest, in any order and over threads, and the last one to be reverted puts back torch's very objects. What another
+    library has put in a function's place, before or since, stays there, and the report says so; if it wraps ours, that
+    passes its calls to torch once nothing is patched.
 
     Args:
         modules: modules, or names of imported ones, in which names that were bound to torch's losses earlier, as by
@@ -121,7 +122,7 @@ class TorchPatch:
             if not self.active:
                 return
             self._calls += counts() - self._start
-            self.active = False
+            self.active, self._depth = False, 0
             _patches.remove(self)
             state.active = bool(_patches)
             self._release()
@@ -135,7 +136,7 @@ class TorchPatch:
 
     def __exit__(self, *_: object) -> None:
         with _lock:
-            self._depth -= 1
+            self._depth = max(0, self._depth - 1)
             if not self._depth:
                 self.revert()
 
@@ -147,11 +148,11 @@ class TorchPatch:
             ``missed``: ``module.name`` of what was bound to torch's functions before the patch and is not in ``modules``,
             and, in modules that import torch, what their classes, tables, partial functions and defaults hold, by
             ``module.Class.name``, ``module.table['key']``, ``module.name.func`` and ``module.function(parameter=)``;
-            ``replaced``: names of ``torch.nn.functional`` in which something else stands since.
+            ``replaced``: names of ``torch.nn.functional`` in which another library's function stands, which is called.
         """
         with _lock:
             calls = self._calls + (counts() - self._start if self.active else Counter())
-            replaced = [slot.attribute for slot in self._slots if not slot.intact]
+            replaced = [slot.attribute for slot in self._slots if not slot.has(slot.wrapper)]
         found: dict[str, dict[str, Any]] = {}
         for (name, reason), number in sorted(calls.items(), key=lambda item: (item[0][0], item[0][1] or "")):
             row = found.setdefault(name, {"ours": 0, "torch": {}})
@@ -167,7 +168,7 @@ class TorchPatch:
         for name, row in report["calls"].items():
             reasons = "; ".join(f"{number} {reason}" for reason, number in row["torch"].items())
             lines.append(f"{name:<36}{row['ours']:>10}{sum(row['torch'].values()):>10}  {reasons}".rstrip())
-        for title, key in (("bound earlier, not patched", "missed"), ("replaced since", "replaced")):
+        for title, key in (("bound earlier, not patched", "missed"), ("replaced by others", "replaced")):
             if report[key]:
                 lines.append(f"{title}: {', '.join(report[key])}")
         return "\n".join(lines)

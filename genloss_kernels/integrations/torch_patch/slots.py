@@ -20,28 +20,25 @@ _LOSS_OF = {id(function): name for table in (TORCH_LOSSES, WRAPPERS) for name, f
 
 
 class Slot:
-    """One name of a module, held by any number of patches, and what stood there before the first."""
+    """One name of a module, held by any number of patches, for torch's function."""
 
     def __init__(self, module: ModuleType, attribute: str, loss: str) -> None:
-        self.module, self.attribute, self.wrapper = module, attribute, WRAPPERS[loss]
-        found = vars(module)[attribute]
-        # A wrapper that is left from an earlier patch, as by a module imported under it, gives way to torch's function.
-        self.found = TORCH_LOSSES[loss] if found is self.wrapper else found
+        self.module, self.attribute = module, attribute
+        self.original, self.wrapper = TORCH_LOSSES[loss], WRAPPERS[loss]
         self.holders = 0
 
-    @property
-    def intact(self) -> bool:
-        return vars(self.module).get(self.attribute) is self.wrapper
+    def has(self, function: Any) -> bool:
+        return vars(self.module).get(self.attribute) is function
 
 
 _held: dict[tuple[int, str], Slot] = {}
 
 
 def hold(module: ModuleType, attribute: str, loss: str) -> Slot:
-    """Put the wrapper in place, unless another patch has; what a third party put over that since stays."""
+    """Put the wrapper in torch's place; what a third party has put there stays."""
     key = id(module), attribute
     slot = _held.get(key) or Slot(module, attribute, loss)
-    if not slot.holders:
+    if slot.has(slot.original):
         setattr(module, attribute, slot.wrapper)
     _held[key] = slot
     slot.holders += 1
@@ -49,13 +46,13 @@ def hold(module: ModuleType, attribute: str, loss: str) -> Slot:
 
 
 def release(slot: Slot) -> None:
-    """Put back what stood there once no patch holds the name, unless a third party has replaced it."""
+    """Put torch's function back once no patch holds the name, unless a third party has replaced the wrapper."""
     slot.holders -= 1
     if slot.holders:
         return
     del _held[id(slot.module), slot.attribute]
-    if slot.intact:
-        setattr(slot.module, slot.attribute, slot.found)
+    if slot.has(slot.wrapper):
+        setattr(slot.module, slot.attribute, slot.original)
 
 
 def bound(module: ModuleType) -> Iterator[tuple[str, str]]:

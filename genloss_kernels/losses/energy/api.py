@@ -8,7 +8,7 @@ from torch import Tensor
 from ...core import backend, checks, elementwise_op, pair_op
 from ...core.pair import Sum, Term
 from ...core.reduction import Reduction, loss_dtype
-from .reference import BOTH, NAME, NEGATIVE
+from .reference import BOTH, NAME, NEGATIVE, SQUARES
 
 # Below this many energies on a CPU plain operators with autograd cost less than our operators' bookkeeping.
 PLAIN_BELOW = 2**19
@@ -90,6 +90,8 @@ def contrastive_divergence_loss(
     small = positive_energy.device.type == "cpu" and sum(t.numel() for t in tensors) < PLAIN_BELOW
     plain = not torch.compiler.is_compiling() and small
     by_reference = not triton and (plain or backend.composite(*tensors))
+    # Without a penalty no square, which may be infinite, is a term.
+    squares = SQUARES if l2 > 0.0 else 0
     if reduction == "none":
         scalars = (float(l2), 0.0, 0.0)
         return elementwise_op.apply(
@@ -97,15 +99,15 @@ def contrastive_divergence_loss(
             (*tensors, None, None),
             None,
             scalars,
-            BOTH,
+            BOTH | squares,
             Reduction.NONE,
             dtype,
             triton=triton,
             by_reference=by_reference,
         )
     loss, _, _ = pair_op.apply(
-        Term(NAME, positive_energy, None, float(l2), 0),
-        Term(NAME, negative_energy, None, float(l2), NEGATIVE),
+        Term(NAME, positive_energy, None, float(l2), squares),
+        Term(NAME, negative_energy, None, float(l2), NEGATIVE | squares),
         Sum(1.0, None, None, _REDUCTIONS[reduction]),
         dtype,
         triton=triton,

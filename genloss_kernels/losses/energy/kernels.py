@@ -6,20 +6,26 @@ import triton.language as tl
 # Values of FLAGS, shared with reference.py.
 NEGATIVE = tl.constexpr(1)
 BOTH = tl.constexpr(2)
+SQUARES = tl.constexpr(4)
 
 
 @triton.jit
 def energy_value(a, b, c, d, l2, s1, s2, FLAGS: tl.constexpr):
+    value = -a if NEGATIVE & FLAGS else a
     if BOTH & FLAGS:
-        value = a - b + l2 * (a * a + b * b)
-    else:
-        value = (-a if NEGATIVE & FLAGS else a) + l2 * (a * a)
+        value = a - b
+    if SQUARES & FLAGS:
+        value += (l2 * a) * a
+        if BOTH & FLAGS:
+            value += (l2 * b) * b
     return value
 
 
 @triton.jit
 def energy_gradient(a, b, c, d, l2, s1, s2, FLAGS: tl.constexpr):
-    slope = 2.0 * l2 * a
-    da = slope - 1.0 if NEGATIVE & FLAGS else slope + 1.0
-    db = 2.0 * l2 * b - 1.0
+    da = tl.full(a.shape, -1.0 if NEGATIVE & FLAGS else 1.0, a.dtype)
+    db = tl.full(b.shape, -1.0, b.dtype)
+    if SQUARES & FLAGS:
+        da += 2.0 * l2 * a
+        db += 2.0 * l2 * b
     return da, db, da, db

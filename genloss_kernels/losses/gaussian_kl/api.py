@@ -104,6 +104,9 @@ def gaussian_kl(
     if free_bits is not None:
         flags |= FREE_BITS
     low, high = (0.0, 0.0) if logvar_clamp is None else logvar_clamp
+    if logvar_p is None or logvar_p.dtype == logvar_q.dtype:
+        # Log-variances that were clamped to them before lie on the bounds.
+        low, high = (_held(float(bound), logvar_q.dtype) for bound in (low, high))
     dtype = mu_q.dtype
     for tensor in tensors:
         if tensor is not None:
@@ -133,6 +136,16 @@ def gaussian_kl(
     return distance.to(result_dtype)
 
 
+def _held(number: float, dtype: torch.dtype) -> float:
+    """The number as torch makes one of half precision of it, through fp32."""
+    if dtype not in (torch.float16, torch.bfloat16) or abs(number) == math.inf:
+        return number
+    for info in (torch.finfo(torch.float32), torch.finfo(dtype)):
+        step = info.eps * math.ldexp(0.5, math.frexp(max(abs(number), info.smallest_normal))[1])
+        number = round(number / step) * step
+    return number
+
+
 def _plain_is_best(mu_q: Tensor, shape: torch.Size) -> bool:
     return not torch.compiler.is_compiling() and mu_q.device.type == "cpu" and shape.numel() < PLAIN_BELOW
 
@@ -154,7 +167,7 @@ def _check(tensors: Sequence[Any], reduction: Any, free_bits: Any, capacity: Any
             raise TypeError(f"logvar_clamp must be a pair (low, high), got {logvar_clamp!r}")
         for bound in logvar_clamp:
             checks.number("logvar_clamp", bound)
-        if not logvar_clamp[0] <= logvar_clamp[1] or math.isnan(logvar_clamp[1]):
+        if not logvar_clamp[0] <= logvar_clamp[1]:
             raise ValueError(f"logvar_clamp must be (low, high) with low <= high, got {logvar_clamp}")
     try:
         shape = broadcast_shape(tensors)

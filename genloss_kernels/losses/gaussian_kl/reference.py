@@ -198,9 +198,10 @@ def gradient(
         if second is not None:
             torch.neg(first, out=second)
     if flags & CLAMPED:
-        for d, logvar in ((dlogvar_q, logvar_q), (dlogvar_p, logvar_p)):
+        for name, d, logvar in (("logvar_q", dlogvar_q, logvar_q), ("logvar_p", dlogvar_p, logvar_p)):
             if d is not None and logvar is not None:
-                d.mul_((logvar >= scalars[1]) & (logvar <= scalars[2]))
+                wide = scratch.cast(name, logvar, dtype)
+                d.mul_((wide >= scalars[1]) & (wide <= scalars[2]))
 
 
 def _growth(

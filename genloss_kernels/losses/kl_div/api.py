@@ -67,7 +67,7 @@ def kl_div(
         the input is -inf, all as in torch. Empty: ``sum`` 0, means NaN.
 
     Differs from torch:
-        Nothing in the numbers. Integer and complex tensors raise.
+        Nothing in the numbers, while targets are finite. Integer and complex tensors raise.
 
     Source:
         Kullback and Leibler, "On Information and Sufficiency", 1951, equation 2.4.

@@ -70,10 +70,9 @@ def _in_chunks(
     layer = (1, 2)  # linear weight and bias; class weights take no gradient here
     first = tensors[0]
     assert first is not None
-    sums: list[Any] = [
-        torch.zeros_like(t, dtype=accumulator(t.dtype) if k in layer else t.dtype) if want and t is not None else None
-        for k, (t, want) in enumerate(zip(tensors, wanted, strict=True))
-    ]
+    # Of rows one after the other; of the layer their sum. Nothing is written that was not made from the directions, which
+    # may be a batch.
+    made: list[list[Tensor]] = [[] for _ in tensors]
     whole = (*layer, 4)
     for rows in equal_chunks(first.size(0), max(1, rows_of_chunk(most, first) // _BUFFERS)):
         part = [
@@ -83,10 +82,19 @@ def _in_chunks(
         along = [d if d is None or k in layer else d[rows] for k, d in enumerate(directions)]
         with torch.enable_grad():
             found = _derivatives(part, options, needed, along, wanted, create_graph=False)
-        for k, (total, derivative) in enumerate(zip(sums, found, strict=True)):
-            if total is not None and derivative is not None:
-                (total if k in layer else total[rows]).add_(derivative)
-    return [total if total is None or t is None else total.to(t.dtype) for total, t in zip(sums, tensors, strict=True)]
+        for k, derivative in enumerate(found):
+            if derivative is None:
+                continue
+            if k not in layer:
+                made[k].append(derivative)
+            elif made[k]:
+                made[k][0].add_(derivative)
+            else:
+                made[k].append(derivative.to(accumulator(derivative.dtype), copy=True))
+    return [
+        None if t is None or not want else torch.cat(parts).to(t.dtype) if parts else torch.zeros_like(t)
+        for t, want, parts in zip(tensors, wanted, made, strict=True)
+    ]
 
 
 class LinearCrossEntropyGradients(torch.autograd.Function):

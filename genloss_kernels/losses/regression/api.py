@@ -145,7 +145,8 @@ def smooth_l1_loss(
         size_average: deprecated, see ``reduction``.
         reduce: deprecated, see ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        beta: error at which the square becomes linear; not negative. 0 is :func:`l1_loss`.
+        beta: error at which the square becomes linear; not negative. 0 is :func:`l1_loss`, and so is less than 1.2e-38, the
+            least number that fp32 holds in full, unless an operand is fp64.
 
     Returns:
         0-d tensor for ``mean`` and ``sum``, the broadcast shape for ``none``; in the dtype to which the operands promote
@@ -176,7 +177,7 @@ def smooth_l1_loss(
     checks.number("beta", beta)
     if not beta >= 0.0:
         raise RuntimeError(f"beta must not be negative, got {beta}")
-    if beta == 0.0:
+    if beta == 0.0 or (beta < torch.finfo(torch.float32).tiny and torch.float64 not in (input.dtype, target.dtype)):
         return _loss(reference.L1, reference.torch_l1_loss, input, target, None, reduction)
     scalars = (float(beta), 1.0, 1.0 / beta)
     builtin = reference.torch_smooth_l1_loss
