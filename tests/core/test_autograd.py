@@ -124,6 +124,34 @@ def test_a_tangent_is_a_gradient_of_its_own(cubes: tuple[Tensor, Tensor]) -> Non
     assert _ran == ["plain"] * 4
 
 
+class _Scaled(torch.autograd.Function):
+    """Each operand on its own."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return 2.0 * a, 3.0 * b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @through_transforms
+    def backward(ctx: Any, of_a: Tensor | None, of_b: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if of_a is None else 2.0 * of_a, None if of_b is None else 3.0 * of_b
+
+
+def test_a_gradient_beside_one_with_a_tangent_has_none() -> None:
+    a, b = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
+    one = torch.ones(())
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(one, 5.0 * one), one
+        of_a, of_b = (forward_ad.unpack_dual(g) for g in torch.autograd.grad(apply(_Scaled, a, b), (a, b), upstream))
+        assert (of_a.primal, of_a.tangent, of_b.primal, of_b.tangent) == (2.0, 10.0, 3.0, None)
+        (alone,) = torch.autograd.grad(apply(_Scaled, a, b)[0], a, upstream[0])
+        assert forward_ad.unpack_dual(alone).tangent == 10.0
+
+
 def test_nested_tangents_are_refused_rather_than_lost(cubes: tuple[Tensor, Tensor]) -> None:
     x, loss = cubes
     one = torch.tensor(1.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -103,10 +105,17 @@ def test_row_tile(itemsize: int, heavy: bool) -> None:
         assert row_tile(n_cols, itemsize, heavy=heavy) == tile
 
 
+def _tiles(values: Iterable[Any]) -> Iterator[launching.Tile]:
+    for value in values:
+        if isinstance(value, launching.Tile):
+            yield value
+        elif type(value) in (dict, tuple):
+            yield from _tiles(value.values() if isinstance(value, dict) else value)
+
+
 def test_tiles_are_powers_of_two() -> None:
-    tiles = [*launching.ELEMENTWISE_TILES.values(), launching.REDUCTION_TILE]
-    for table in (launching._ROW_TILES, launching._HEAVY_ROW_TILES):
-        tiles += [tile for pair in table.values() for tile in pair]
+    tiles = list(_tiles(vars(launching).values()))
+    assert {launching.REDUCTION_TILE, launching.SCATTERED_PAIR_ROW_TILE, *launching.PAIR_ROW_TILES.values()} <= set(tiles)
     assert all(n & (n - 1) == 0 for tile in tiles for n in tile)
     assert all(16 <= tile.block <= 32 * 32 * tile.num_warps for tile in tiles)
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import genloss_kernels as gk
 from genloss_kernels.core.reduction import Reduction
 from genloss_kernels.losses.cross_entropy.reference import Options, Rows
-from genloss_kernels.losses.vocab_parallel import local, merge
+from genloss_kernels.losses.vocab_parallel import local, merge, op
 from genloss_kernels.losses.vocab_parallel.merge import Head
 from genloss_kernels.losses.vocab_parallel.shard import Layout
 
@@ -135,3 +136,21 @@ def test_equal_logits_go_to_the_lowest_class(path: str) -> None:
             given = Given(logits, torch.tensor([label]), None, {"stats": True})
             rows, _ = _parallel(given, sizes, [torch.ones(1), None, None, None], path)
             assert rows.correct.tolist() == [place == 0]
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_results_are_what_the_compiler_is_told(stats: bool) -> None:
+    given = Given(torch.randn(3, 40), torch.tensor([1, 2, 39]), None, {"stats": True})
+    rows, _ = _parallel(given, SIZES["one"], (torch.ones(3), None, None, None), "eager")
+    found, told = op.results(rows, stats=stats), op.fake_results(rows.loss, (3,), stats=stats)
+    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in told]
+
+
+def test_one_class_is_a_vocabulary() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert gk.distributed.VocabShard.even(1, dist.group.WORLD).size == 1
+        with pytest.raises(ValueError, match="vocab_size must be positive, got 0"):
+            gk.distributed.VocabShard.even(0, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch import Tensor
 import genloss_kernels as gk
 from genloss_kernels.cases.cross_entropy import cross_entropy_oracle
 from genloss_kernels.core import launch
-from genloss_kernels.core.launch import Tile
+from genloss_kernels.core.launch import Tile, observe_launches
 from genloss_kernels.core.reduction import Reduction
 from genloss_kernels.losses.cross_entropy import api, eager, op, reference
 
@@ -950,6 +950,21 @@ def test_launches() -> None:
                 assert launches.total() == forward
                 loss.backward()
                 assert launches.total() == forward + 1
+
+
+@pytest.mark.interpreter
+def test_rows_are_counted_in_integers() -> None:
+    """Of which fp32 loses one beyond 2**24."""
+    counts: list[torch.dtype] = []
+
+    def watch(kernel: Any, grid: int, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        if kernel.__name__ == "_reduction_kernel":
+            counts.extend(t.dtype for tensors in args[:2] for t in tensors[2:])
+        return True
+
+    with gk.backend("triton"), observe_launches(watch):
+        gk.cross_entropy(aligned(3, 300), torch.zeros(3, dtype=torch.int64), return_stats=True)
+    assert counts == [torch.int32] * 2 + [torch.int64] * 2
 
 
 def test_second_derivative_of_a_statistic_that_leaves_the_target_alone(path: str) -> None:

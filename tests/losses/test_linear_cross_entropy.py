@@ -20,7 +20,7 @@ import genloss_kernels as gk
 from genloss_kernels.cases.linear_cross_entropy import linear_cross_entropy_oracle as _oracle
 from genloss_kernels.core import launch, scaling, scratch
 from genloss_kernels.core.backend import INTERPRETED
-from genloss_kernels.losses.linear_cross_entropy import api, chunks, flops, options
+from genloss_kernels.losses.linear_cross_entropy import api, chunks, flops, functions, options
 
 from ..refusals import refused
 from .comparison import HALVES, aligned, check, check_outputs, check_second_derivatives
@@ -301,6 +301,35 @@ def test_second_derivatives_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_of_gradients(reduction: str) -> None:
+    given = _labels(reduction=reduction)
+    leaves = [given[name].requires_grad_() for name in LAYER]
+    upstream = torch.tensor([3.0, -2.0])
+    loss = gk.linear_cross_entropy(**given).sum()
+    batch = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    once = torch.autograd.grad(loss, leaves)
+    for found, each in zip(batch, once, strict=True):
+        torch.testing.assert_close(found, torch.stack([3.0 * each, -2.0 * each]))
+
+
+def test_statistics_that_nothing_came_of_take_no_gradient(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros for them would cost what a gradient costs, and beside an infinite one give NaN."""
+    seen = []
+    real = functions.linear_cross_entropy_rows_backward
+
+    def watched(*arguments: Any) -> Any:
+        seen.append([g is None for g in arguments[8:12]])
+        return real(*arguments)
+
+    monkeypatch.setattr(functions, "linear_cross_entropy_rows_backward", watched)
+    given = _labels(reduction="none") | {"return_stats": True}
+    given["input"].requires_grad_()
+    gk.linear_cross_entropy(**given).loss.sum().backward()
+    gk.linear_cross_entropy(**given).lse.sum().backward()
+    assert seen == [[False, True, True, True], [True, False, True, True]]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_batch_of_second_derivatives(whole: bool, reduction: str) -> None:
     """What a vectorised Hessian asks for; in chunks too."""
@@ -405,6 +434,11 @@ def test_chunks_are_equal_and_never_the_whole_batch(logits_rows: list[int]) -> N
         logits_rows.clear()
         gk.linear_cross_entropy(**_labels(20), options=gk.LinearCrossEntropyOptions(**given))
         assert logits_rows == expected
+    for dtype in HALVES:
+        logits_rows.clear()
+        budget = gk.LinearCrossEntropyOptions(memory_budget=4 * 9 * 300 * 2)
+        gk.linear_cross_entropy(**_in(dtype, _labels(20)), options=budget)
+        assert logits_rows == [7, 7, 6]
 
 
 def test_torchs_own_options(logits_rows: list[int]) -> None:

@@ -33,8 +33,6 @@ def fits(input: Tensor, target: Tensor, rest: Sequence[Tensor | None], options: 
         and options.reduction != Reduction.NONE
         and not options.stats
         and input.dtype != torch.float16
-        and not torch.compiler.is_compiling()
-        and not backend.transforms()
         and unwatched((input, target, *rest))
         and _top_saved_tensors_default_hooks(False) is None
     )
