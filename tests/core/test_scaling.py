@@ -26,3 +26,11 @@ def test_a_factor_beyond_half_precision(path: str) -> None:
     wanted = (small.float() * 1e6).half()
     scaling.scale_([small], torch.tensor(1e6), triton=path == "triton")
     assert torch.equal(small, wanted)
+
+
+def test_memory_with_gaps(path: str) -> None:
+    """Of which there is more than elements."""
+    padded = torch.randn(40, 128)[:, :3]
+    wanted = padded * 2.0
+    scaling.scale_([padded], torch.tensor(2.0), triton=path == "triton")
+    assert torch.equal(padded, wanted)
