@@ -99,14 +99,15 @@ def gaussian_kl(
             mu_q.new_zeros(()) if mu_p is None else mu_p,
             logvar_q.new_zeros(()) if logvar_p is None else logvar_p,
         )
+    low, high = 0.0, 0.0
     if logvar_clamp is not None:
         flags |= CLAMPED
+        low, high = map(float, logvar_clamp)
+        if logvar_p is None or logvar_p.dtype == logvar_q.dtype:
+            # Log-variances that were clamped to them before lie on the bounds.
+            low, high = _held(low, logvar_q.dtype), _held(high, logvar_q.dtype)
     if free_bits is not None:
         flags |= FREE_BITS
-    low, high = (0.0, 0.0) if logvar_clamp is None else logvar_clamp
-    if logvar_p is None or logvar_p.dtype == logvar_q.dtype:
-        # Log-variances that were clamped to them before lie on the bounds.
-        low, high = (_held(float(bound), logvar_q.dtype) for bound in (low, high))
     dtype = mu_q.dtype
     for tensor in tensors:
         if tensor is not None:
@@ -116,7 +117,7 @@ def gaussian_kl(
     small = not triton and _plain_is_best(mu_q, shape)
     if small and not flags and chosen in _SUMS and mu_q.shape == logvar_q.shape and dtype != torch.float64:
         return (plain_sum(mu_q, logvar_q) / divisor_of(chosen, shape)).to(result_dtype)
-    scalars = (0.0 if free_bits is None else float(free_bits), float(low), float(high))
+    scalars = (0.0 if free_bits is None else float(free_bits), low, high)
     result = elementwise_op.apply(
         NAME,
         tensors,

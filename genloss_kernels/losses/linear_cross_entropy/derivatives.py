@@ -70,9 +70,7 @@ def _in_chunks(
     layer = (1, 2)  # linear weight and bias; class weights take no gradient here
     first = tensors[0]
     assert first is not None
-    # Of rows one after the other; of the layer their sum. Nothing is written that was not made from the directions, which
-    # may be a batch.
-    made: list[list[Tensor]] = [[] for _ in tensors]
+    sums: list[Any] = [None] * len(tensors)
     whole = (*layer, 4)
     for rows in equal_chunks(first.size(0), max(1, rows_of_chunk(most, first) // _BUFFERS)):
         part = [
@@ -82,18 +80,16 @@ def _in_chunks(
         along = [d if d is None or k in layer else d[rows] for k, d in enumerate(directions)]
         with torch.enable_grad():
             found = _derivatives(part, options, needed, along, wanted, create_graph=False)
-        for k, derivative in enumerate(found):
-            if derivative is None:
+        for k, (tensor, derivative) in enumerate(zip(tensors, found, strict=True)):
+            if tensor is None or derivative is None:
                 continue
-            if k not in layer:
-                made[k].append(derivative)
-            elif made[k]:
-                made[k][0].add_(derivative)
-            else:
-                made[k].append(derivative.to(accumulator(derivative.dtype), copy=True))
+            if sums[k] is None:
+                # Made from a derivative, which is a batch where the directions are one.
+                sums[k] = derivative.new_zeros(tensor.shape, dtype=accumulator(tensor.dtype) if k in layer else tensor.dtype)
+            (sums[k] if k in layer else sums[k][rows]).add_(derivative)
     return [
-        None if t is None or not want else torch.cat(parts).to(t.dtype) if parts else torch.zeros_like(t)
-        for t, want, parts in zip(tensors, wanted, made, strict=True)
+        None if t is None or not want else torch.zeros_like(t) if total is None else total.to(t.dtype)
+        for t, want, total in zip(tensors, wanted, sums, strict=True)
     ]
 
 
